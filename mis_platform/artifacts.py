@@ -1,0 +1,194 @@
+"""Stages and their artifacts: what is done, what is missing, and the manifest that says so.
+
+A stage is a function and a directory, `<root>/<stage>/<fingerprint>/`. The fingerprint covers the stage's own settings,
+its inputs' fingerprints and a version that is raised by hand when the code starts to produce something else; nothing
+else may decide the output. `manifest.json` is written last: a directory without one is unfinished.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mis_platform.config import differences, fingerprint, plain
+from mis_platform.storage import Storage
+
+MANIFEST = "manifest.json"
+PACKAGES = ("mis-platform", "ray", "torch", "timm", "numpy", "numba", "opencv-python-headless", "pillow", "pyarrow")
+
+
+class FingerprintMismatch(ValueError):
+    """An artifact was made with other settings than its address says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file of an artifact. digest: of its rows, whatever their order and grouping (see `combine_digests`)."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a stage's function returns: its files, a digest of their content, and a few counts for people."""
+
+    parts: tuple[Part, ...]
+    digest: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One unit of work. `config`, `version` and the inputs decide its output; nothing else may."""
+
+    name: str  # "trees", "checkpoint", "clicks/grabcut": also the directory
+    version: int
+    config: Any  # settings, or plain JSON values
+    run: Callable[[dict[str, Storage], Storage], Output]  # run(inputs, out): where inputs lie, where to write
+    inputs: Mapping[str, "Stage"] = field(default_factory=dict)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint covers, as plain JSON values."""
+        return {
+            "stage": self.name,
+            "version": self.version,
+            "config": plain(self.config),
+            "inputs": {key: stage.fingerprint for key, stage in self.inputs.items()},
+        }
+
+    def directory(self, root: Storage) -> Storage:
+        return root.child(self.name, self.fingerprint)
+
+    def is_done(self, root: Storage) -> bool:
+        return self.directory(root).exists(MANIFEST)
+
+
+def walk(stage: Stage) -> Iterator[Stage]:
+    """The stage and all that it needs, inputs first, each once."""
+    seen: set[str] = set()
+
+    def visit(current: Stage) -> Iterator[Stage]:
+        if current.fingerprint in seen:
+            return
+        seen.add(current.fingerprint)
+        for needed in current.inputs.values():
+            yield from visit(needed)
+        yield current
+
+    return visit(stage)
+
+
+def ensure(stage: Stage, root: Storage) -> Storage:
+    """The directory of the finished stage; runs it, and what it reads, only if missing.
+
+    Raises FingerprintMismatch when a manifest there was made with other settings, StorageError when another process is
+    at work on the same artifact.
+    """
+    out = stage.directory(root)
+    if out.exists(MANIFEST):
+        check_identity(stage, read_manifest(out))
+        return out
+    inputs = {key: ensure(needed, root) for key, needed in stage.inputs.items()}
+    with out.lock():
+        if not out.exists(MANIFEST):  # nobody finished it while we waited for the inputs
+            started = time.time()
+            output = stage.run(inputs, out)
+            write_manifest(stage, output, out, seconds=time.time() - started)
+    return out
+
+
+def write_manifest(stage: Stage, output: Output, out: Storage, seconds: float = 0.0) -> None:
+    manifest = {
+        **stage.identity(),
+        "fingerprint": stage.fingerprint,
+        "digest": output.digest,
+        "parts": [vars(part) for part in sorted(output.parts, key=lambda part: part.name)],
+        "summary": plain(dict(output.summary)),
+        "information": {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": seconds,
+            **versions(),
+        },
+    }
+    out.write_bytes(MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+
+
+def read_manifest(directory: Storage) -> dict[str, Any]:
+    """Raises ValueError when there is none or it is not one of ours."""
+    try:
+        manifest = json.loads(directory.read_bytes(MANIFEST))
+        if isinstance(manifest, dict) and {"stage", "fingerprint", "parts", "digest"} <= manifest.keys():
+            return manifest
+    except FileNotFoundError:
+        raise ValueError(f"{directory} has no {MANIFEST}: the artifact is missing or unfinished") from None
+    except ValueError:
+        pass
+    raise ValueError(f"{directory}/{MANIFEST} is damaged; remove it and run the command again")
+
+
+def check_identity(stage: Stage, manifest: Mapping[str, Any]) -> None:
+    """Refuse an artifact that was made with other settings than the stage's."""
+    found = {key: manifest.get(key) for key in stage.identity()}
+    changed = list(differences(found, stage.identity()))
+    if changed:
+        raise FingerprintMismatch(
+            f"{stage.name}/{stage.fingerprint} was made with other settings: {'; '.join(changed)}"
+        )
+
+
+# -- digests ---------------------------------------------------------------------------------------------------------
+
+
+def combine_digests(digests: Iterator[str] | list[str] | tuple[str, ...]) -> str:
+    """One digest of many, the same in any order and grouping: their sum modulo 2^256."""
+    return f"{sum(int(digest, 16) for digest in digests) % 2**256:064x}"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# -- information -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def versions() -> dict[str, Any]:
+    """What computed this: package versions and the git commit of the source, if it is a checkout."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"packages": installed, "git_commit": git_commit()}
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of this source tree, with "+changes" if it was edited; None when it is installed without git."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if not git("ls-files", "--error-unmatch", str(source / "artifacts.py")):
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(source)) else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

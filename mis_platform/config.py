@@ -1,0 +1,330 @@
+"""Settings: what decides a result (`Run`) and where it is computed (`Resources`).
+
+`Run()` is the last row of the paper's Table 1; every default is the paper's or, where the paper is silent, the official
+code's (docs/FIDELITY.md lists both). `Resources` never enters a fingerprint: the same Run on one laptop core and on a
+cluster is the same result. One dotted name for each setting everywhere: `--set train.smooth_weight=5`, the MLflow
+parameter, the column of a sweep.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["fp32", "bf16"]
+
+NETWORK_EXTRACTORS = (
+    "dino_vits8",
+    "dino_vits16",
+    "dino_vitb8",
+    "dino_vitb16",
+    "dinov2_vits14",
+    "dinov2_vitb14",
+    "dinov3_vits16",
+    "dinov3_vitb16",
+)
+
+
+class Settings(BaseModel):
+    """Frozen settings: an unknown name, NaN or an infinity is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class DataConfig(Settings):
+    """What counts as a usable photo."""
+
+    max_megapixels: float = Field(50.0, gt=0)  # refused from the header, before any decoding
+    min_side: int = Field(8, ge=1)  # pixels; one 8-pixel patch
+
+
+class FeaturesConfig(Settings):
+    """Patch features (paper section 3.1, "Implementation Details")."""
+
+    extractor: Literal[
+        "dino_vits8",
+        "dino_vits16",
+        "dino_vitb8",
+        "dino_vitb16",
+        "dinov2_vits14",
+        "dinov2_vitb14",
+        "dinov3_vits16",
+        "dinov3_vitb16",
+        "color_texture",
+    ] = "dino_vits8"
+    weights: str | None = None  # a .safetensors or .pth file; None: timm's pretrained weights from the hub
+    position_resize: Literal["bicubic", "bilinear"] = "bicubic"  # official code | paper
+    layer: Literal["final_norm", "last_block"] = "final_norm"  # official code | paper
+    precision: Precision = "fp32"
+
+
+class SamplingConfig(Settings):
+    """Which node of a merge tree becomes the target (Algorithm 2; Tables 4 and 5)."""
+
+    strategy: Literal["top_down", "uniform"] = "top_down"
+    alpha: float = 0.9  # decay of the chance to go deeper
+    min_area: float = 0.05  # share of the patches; a proposal must cover more
+    max_redraws: int = Field(100, ge=1)  # official code: then the last draw is kept whatever its size
+
+    @model_validator(mode="after")
+    def _terminates(self) -> "SamplingConfig":
+        if not 0 <= self.alpha < 1:
+            raise ValueError("sampling.alpha must lie in [0, 1): at 1 every walk ends in a single patch")
+        if not 0 <= self.min_area <= 0.5:
+            raise ValueError("sampling.min_area must lie in [0, 0.5]: one child of the root covers half the image")
+        return self
+
+
+class ClickConfig(Settings):
+    """Simulated clicks of training (RITM; SimpleClick's settings)."""
+
+    max_clicks: int = Field(24, ge=1)  # per sign
+    gamma: float = Field(0.8, gt=0, lt=1)  # P(k clicks) ~ gamma^k
+    erosion_probability: Probability = 0.9
+    background_probability: Probability = 0.1  # where a negative click comes from; the three sum to 1
+    other_probability: Probability = 0.4
+    border_probability: Probability = 0.5
+    expand_ratio: float = Field(0.1, gt=0)  # width of the border zone over the square root of the object's area
+    iterative_clicks: int = Field(3, ge=0)  # at most this many clicks on the model's own errors
+
+    @model_validator(mode="after")
+    def _regions_sum_to_one(self) -> "ClickConfig":
+        total = self.background_probability + self.other_probability + self.border_probability
+        if abs(total - 1) > 1e-9:
+            raise ValueError(
+                "clicks.background_probability + clicks.other_probability + clicks.border_probability "
+                f"must be 1, they are {total:g}"
+            )
+        if self.iterative_clicks > self.max_clicks:
+            raise ValueError("clicks.iterative_clicks cannot exceed clicks.max_clicks")
+        return self
+
+
+class AugmentConfig(Settings):
+    """Augmentation of photo and mask (SimpleClick's SBD settings)."""
+
+    scale_min: float = Field(0.75, gt=0)
+    scale_max: float = Field(1.25, gt=0)
+    flip_probability: Probability = 0.5
+    rotate90_probability: Probability = 0.5
+    shift_rotate_probability: Probability = 0.75
+    shift_limit: float = Field(0.03, ge=0, le=1)  # share of the image side
+    rotate_limit: float = Field(3.0, ge=0, le=180)  # degrees
+    brightness_contrast_probability: Probability = 0.75
+    brightness_limit: float = Field(0.25, ge=0)
+    contrast_min: float = Field(-0.15, ge=-1)
+    contrast_max: float = 0.40
+    rgb_shift_probability: Probability = 0.75
+    rgb_shift_limit: float = Field(10.0, ge=0, le=255)  # levels of 255
+    min_object_area: int = Field(80, ge=1)  # pixels after augmentation
+    keep_background_probability: Probability = 0.01
+    color_augmentation: bool = True  # jitter, grey, blur inside the model (official code)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        if self.scale_min > self.scale_max:
+            raise ValueError("augment.scale_min must not exceed augment.scale_max")
+        if self.contrast_min > self.contrast_max:
+            raise ValueError("augment.contrast_min must not exceed augment.contrast_max")
+        return self
+
+
+class ModelConfig(Settings):
+    """The click model (SimpleClick)."""
+
+    variant: Literal["vit_b", "vit_l", "vit_h", "vit_xt"] = "vit_b"
+    image_size: int = Field(448, ge=224, multiple_of=224)  # pixels, square training crop; windows are 224 pixels
+    init: Literal["mae", "random"] = "mae"
+    init_weights: str | None = None  # local MAE file; None: timm's from the hub
+
+    @model_validator(mode="after")
+    def _mae_exists(self) -> "ModelConfig":
+        if self.variant == "vit_xt" and self.init == "mae":
+            raise ValueError("model.init=mae has no weights for model.variant=vit_xt; use model.init=random")
+        if self.init == "random" and self.init_weights is not None:
+            raise ValueError("model.init_weights is only read with model.init=mae")
+        return self
+
+
+class TrainConfig(Settings):
+    """The schedule (paper section 4, "Implementation Details"; official code where the paper is silent)."""
+
+    epochs: int = Field(55, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    decay_epochs: tuple[int, ...] = (50,)  # the rate is multiplied by decay_factor after each
+    decay_factor: float = Field(0.1, gt=0, le=1)
+    batch_size: int = Field(32, ge=1)  # images per step over all workers
+    loss: Literal["bce", "normalized_focal"] = "bce"  # Equation 6 | supervised SimpleClick
+    smooth_weight: float = Field(10.0, ge=0)  # lambda in Equation 8; Table 3
+    smooth_form: Literal["official", "paper"] = "official"  # docs/FIDELITY.md
+    precision: Precision = "fp32"
+    seed: int = Field(0, ge=0)
+    max_steps: int | None = Field(None, ge=1)  # stop early; the schedule stays that of `epochs`
+
+
+class EvalConfig(Settings):
+    """The click protocol (paper section 4, "Evaluation"; RITM's robot with SimpleClick's zoom-in)."""
+
+    threshold: float = Field(0.5, gt=0, lt=1)  # SimpleClick and RITM: 0.49
+    target_iou: float = Field(0.9, gt=0, le=1)  # a session stops here
+    max_clicks: int = Field(20, ge=1)
+    min_clicks: int = Field(1, ge=1)
+    fixed_clicks: bool = False  # never stop: what IoU-click curves need (Figure 6)
+    flip: bool = True
+    zoom_size: int = Field(448, ge=224, multiple_of=224)  # pixels
+    davis_zoom_size: int = Field(672, ge=224, multiple_of=224)  # pixels
+    zoom_skip_clicks: Literal[-1, 1] = -1  # SimpleClick and MIS | RITM
+    zoom_expansion: float = Field(1.4, ge=1)
+    zoom_min_crop: int = Field(200, ge=1)  # pixels
+    zoom_recompute_iou: float = Field(0.5, ge=0, le=1)
+
+
+class Run(Settings):
+    """Everything that decides a result. `Run()` is MIS as published."""
+
+    dataset: str = "sbd"  # training photos
+    eval_datasets: tuple[str, ...] = ("grabcut",)
+    data: DataConfig = DataConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    clicks: ClickConfig = ClickConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+class Resources(Settings):
+    """Where and how wide things run. Deliberately not part of Run."""
+
+    num_workers: int = Field(1, ge=1)  # training processes
+    use_gpu: bool | None = None  # None: if the cluster has one
+    batch_per_device: int = Field(8, ge=1)  # images per forward of training; never changes the effective batch
+    extractors: int | None = Field(None, ge=1)  # feature actors; None: one for each GPU, else one for each CPU
+    chunk_images: int = Field(16, ge=1)  # photos that travel together through precompute
+    loaders: int | None = Field(None, ge=1)  # tasks that make training examples; None: from the free CPUs
+    eval_workers: int | None = Field(None, ge=1)
+    eval_batch: int = Field(8, ge=1)  # objects per forward
+    checkpoint_every: int = Field(200, ge=1)  # steps
+    log_every: int = Field(10, ge=1)  # steps
+    max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
+
+
+# What people type for a setting after the paper's symbols.
+ALIASES = {"lambda": "train.smooth_weight", "lamda": "train.smooth_weight", "lr": "train.learning_rate"}
+
+
+# -- dotted names ----------------------------------------------------------------------------------------------------
+
+
+def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, in the order of declaration."""
+    flat: dict[str, Any] = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def override(settings: Any, assignments: Iterable[str]) -> Any:
+    """`settings` with each `dotted.name=value` applied; values are JSON or plain text.
+
+    Raises ValueError that names the nearest right setting, or the allowed values.
+    """
+    tree = settings.model_dump()
+    known = flatten(settings)
+    for name, value in map(_parse_assignment, assignments):
+        if name not in known:
+            raise ValueError(f"--set {name}: unknown setting {name!r}{nearest(name, known)}")
+        *parents, leaf = name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch[parent]
+        branch[leaf] = value
+    return build(type(settings), tree)
+
+
+def build(kind: type[Any], tree: dict[str, Any]) -> Any:
+    """Validate `tree` as `kind`; pydantic's report becomes one line per fault."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean X?" for a typo, or what there is."""
+    names = sorted(known)
+    leaf = name.rsplit(".", 1)[-1]
+    close = [ALIASES[leaf]] if ALIASES.get(leaf) in names else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:  # the right name under another group
+        leaves = {other.rsplit(".", 1)[-1]: other for other in names}
+        close = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
+
+
+def _parse_assignment(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip():
+        raise ValueError(f"--set {text}: expected dotted.name=value, e.g. sampling.alpha=0.8")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value.strip()
+    except RecursionError:
+        raise ValueError(f"--set {name.strip()}: the value is nested too deeply") from None
+
+
+def _explain(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" or not where:
+        return message
+    return f"{where}={fault['input']!r}: {message}"
+
+
+# -- identity --------------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON types. Anything without one stable spelling is refused (TypeError)."""
+    if isinstance(value, BaseModel):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} has no canonical spelling: {value!r}")
+
+
+def canonical(value: Any) -> str:
+    """The one JSON spelling of settings: sorted keys, no spaces, no NaN."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """Sixteen hexadecimal digits that name `value`: equal settings, equal fingerprint."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def differences(before: Any, after: Any) -> Iterator[str]:
+    """`name: old -> new` for each setting that differs between two plain trees."""
+    old, new = _leaves(before), _leaves(after)
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {name: leaf for key, item in tree.items() for name, leaf in _leaves(item, f"{prefix}{key}.").items()}

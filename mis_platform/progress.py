@@ -1,0 +1,61 @@
+"""Progress for people: one line that is rewritten on a terminal, one line every ten seconds elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_REDRAWS = 0.2
+
+
+class Progress:
+    """Counts units of work and prints rate and time left, to standard error.
+
+    total: units of work; start: units that an earlier attempt had finished (they do not count for the rate).
+    """
+
+    def __init__(self, label: str, total: int, unit: str, start: int = 0, stream: TextIO | None = None) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.done = start
+        self.stream = stream or sys.stderr
+        self.began = time.monotonic()
+        self.printed = 0.0
+
+    def update(self, done: int, note: str = "") -> None:
+        """done: units finished so far, of all attempts; note: a few words, e.g. the loss."""
+        self.done = done
+        now = time.monotonic()
+        pause = SECONDS_BETWEEN_REDRAWS if self.stream.isatty() else SECONDS_BETWEEN_LINES
+        if now - self.printed >= pause or done >= self.total:
+            self.printed = now
+            self._print(self.line(now, note))
+
+    def line(self, now: float, note: str = "") -> str:
+        seconds = max(now - self.began, 1e-6)
+        rate = (self.done - self.start) / seconds
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        share = f"{self.done}/{self.total} {self.unit}"
+        pace = f"{rate:.1f} {self.unit}/s, {duration(left)} left" if self.done < self.total else f"{duration(seconds)}"
+        return f"{self.label}: {share}, {pace}" + (f", {note}" if note else "")
+
+    def close(self) -> None:
+        if self.stream.isatty():
+            print(file=self.stream, flush=True)
+
+    def _print(self, line: str) -> None:
+        if self.stream.isatty():
+            print(f"\r\x1b[2K{line}", end="", file=self.stream, flush=True)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """ "4 s", "3 min 20 s", "5 h 10 min"; "?" when unknown."""
+    if seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,27 @@
+"""Fixtures of the whole suite: the real photographs, if they are there, and one Ray cluster for the session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REAL_DATA = Path(os.environ.get("MIS_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with GrabCut/, photos/ and COCO-sbd-layout/; tests that need it say so when it is missing."""
+    if not (REAL_DATA / "GrabCut" / "data_GT").is_dir():
+        pytest.skip(f"real photographs are not at {REAL_DATA}; set MIS_TEST_DATA to the folder that holds GrabCut/")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need it (starting one takes 5-10 s)."""
+    from mis_platform.stages.cluster import cluster
+
+    with cluster():
+        yield

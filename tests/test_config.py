@@ -1,0 +1,104 @@
+"""Settings: the paper's defaults, overrides with helpful refusals, and identities that do not move."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mis_platform.config import Resources, Run, canonical, differences, fingerprint, flatten, override, plain
+
+
+def test_defaults_are_the_paper():
+    run = Run()
+    assert (run.train.epochs, run.train.learning_rate, run.train.decay_epochs) == (55, 5e-5, (50,))
+    assert (run.sampling.alpha, run.sampling.min_area, run.train.smooth_weight) == (0.9, 0.05, 10.0)
+    assert (run.train.batch_size, run.features.extractor, run.model.variant) == (32, "dino_vits8", "vit_b")
+    assert (run.eval.threshold, run.eval.max_clicks, run.eval.zoom_size) == (0.5, 20, 448)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("train.epoch=1", "unknown setting 'train.epoch'; did you mean train.epochs?"),
+        ("train.lambda=3", "did you mean train.smooth_weight?"),
+        ("alpha=0.8", "did you mean sampling.alpha?"),
+        ("sampling.alpha=1", "sampling.alpha must lie in [0, 1)"),
+        ("sampling.alpha=1.5", "sampling.alpha must lie in [0, 1)"),
+        ("sampling.min_area=0.6", "sampling.min_area must lie in [0, 0.5]"),
+        ("eval.threshold=nan", "finite"),
+        ("train.learning_rate=1e400", "finite"),
+        ("train.epochs=many", "valid integer"),
+        ("train.epochs=0", "greater than or equal to 1"),
+        ("model.variant=vit_g", "'vit_b', 'vit_l', 'vit_h' or 'vit_xt'"),
+        ("model.image_size=300", "multiple of 224"),
+        ("clicks.border_probability=0.9", "must be 1"),
+        ("train.epochs", "expected dotted.name=value"),
+        ("=3", "expected dotted.name=value"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(assignment, expected):
+    with pytest.raises(ValueError) as refusal:
+        override(Run(), [assignment])
+    assert expected in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_deeply_nested_value_is_refused():
+    with pytest.raises(ValueError):
+        override(Run(), ["dataset=" + "[" * 100_000])
+
+
+def test_overrides_apply_and_leave_the_rest():
+    run = override(Run(), ["sampling.alpha=0.8", "train.decay_epochs=[10,20]", "dataset=folder:../photos"])
+    assert run.sampling.alpha == 0.8
+    assert run.train.decay_epochs == (10, 20)
+    assert run.dataset == "folder:../photos"
+    changed = {name for name, value in flatten(run).items() if flatten(Run())[name] != value}
+    assert changed == {"sampling.alpha", "train.decay_epochs", "dataset"}
+
+
+def test_every_setting_can_be_set_to_its_own_default():
+    for name, value in flatten(Run()).items():
+        assert override(Run(), [f"{name}={json.dumps(value)}"]) == Run(), name
+
+
+def test_equal_settings_have_equal_fingerprints_however_they_are_written():
+    assert fingerprint(override(Run(), ["sampling.alpha=0.90", "train.smooth_weight=10"])) == fingerprint(Run())
+
+
+def test_each_setting_changes_the_fingerprint():
+    changes = ["sampling.alpha=0.8", "train.seed=1", "eval.flip=false", "data.min_side=9", "features.precision=bf16"]
+    assert len({fingerprint(Run()), *(fingerprint(override(Run(), [change])) for change in changes)}) == 6
+
+
+def test_the_fingerprint_of_the_paper_is_kept():
+    """Changing this value re-addresses everybody's artifacts: do it on purpose or not at all."""
+    assert fingerprint(Run()) == "f46492c7363a5622"
+
+
+def test_resources_are_not_part_of_a_run():
+    assert not set(flatten(Run())) & set(flatten(Resources()))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_canonical_is_json_and_stable(value):
+    assert json.loads(canonical(value)) == plain(value)
+    assert canonical(json.loads(canonical(value))) == canonical(value)
+
+
+def test_what_has_no_stable_spelling_is_refused():
+    with pytest.raises(TypeError, match="no canonical spelling"):
+        canonical({"path": object()})
+    with pytest.raises(ValueError):
+        canonical(math.nan)
+
+
+def test_differences_name_the_setting():
+    after = override(Run(), ["train.smooth_weight=3"])
+    assert list(differences(plain(Run()), plain(after))) == ["train.smooth_weight: 10.0 -> 3.0"]
