@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mis_platform.config import differences, fingerprint, plain
+from mis_platform.errors import FingerprintMismatch
 from mis_platform.storage import Storage
 
 MANIFEST = "manifest.json"
 PACKAGES = ("mis-platform", "ray", "torch", "timm", "numpy", "numba", "opencv-python-headless", "pillow", "pyarrow")
-
-
-class FingerprintMismatch(ValueError):
-    """An artifact was made with other settings than its address says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +132,7 @@ def read_manifest(directory: Storage) -> dict[str, Any]:
             return manifest
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {MANIFEST}: the artifact is missing or unfinished") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise ValueError(f"{directory}/{MANIFEST} is damaged; remove it and run the command again")
 

@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
+
+
+class FingerprintMismatch(ValueError):
+    """An artifact was made with other settings than its address says."""

@@ -46,7 +46,8 @@ class Storage:
         if self.local is not None:
             return pafs.LocalFileSystem(), str(self.local)
         try:
-            return pafs.FileSystem.from_uri(self.uri)
+            filesystem, base = pafs.FileSystem.from_uri(self.uri)
+            return filesystem, base.rstrip("/")
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"--root {self.uri}: {error}; use a local path, s3://bucket/prefix or gs://...") from None
 
@@ -58,7 +59,8 @@ class Storage:
         return Path(self.uri.removeprefix("file://")) if self.uri.startswith("file://") else None
 
     def child(self, *names: str) -> "Storage":
-        return Storage("/".join([self.uri.rstrip("/"), *names]))
+        path, mark, query = self.uri.partition("?") if self.local is None else (self.uri, "", "")
+        return Storage("/".join([path.rstrip("/"), *names]) + mark + query)
 
     def read_bytes(self, name: str) -> bytes:
         """Raises FileNotFoundError when there is no such file."""
@@ -67,13 +69,16 @@ class Storage:
             return stream.readall()
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write the whole file or nothing; an existing one is replaced."""
-        if self.local is not None:
-            _write_local(self.local / name, data)
-            return
-        filesystem, base = self._target
-        with filesystem.open_output_stream(f"{base}/{name}", compression=None) as stream:
-            stream.write(data)
+        """Write the whole file or nothing; an existing one is replaced. Raises StorageError, e.g. on a full disk."""
+        try:
+            if self.local is not None:
+                _write_local(self.local / name, data)
+                return
+            filesystem, base = self._target
+            with filesystem.open_output_stream(f"{base}/{name}", compression=None) as stream:
+                stream.write(data)
+        except OSError as error:
+            raise StorageError(f"cannot write {name} in {self.uri}: {_reason(error)}") from error
 
     def exists(self, name: str) -> bool:
         filesystem, base = self._target
@@ -83,7 +88,7 @@ class Storage:
         """Files and directories directly in here, sorted; unfinished writes are left out. Empty if nothing is there."""
         filesystem, base = self._target
         found = filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True))
-        return sorted(info.base_name for info in found if TEMPORARY not in info.base_name)
+        return sorted(info.base_name for info in found if not info.base_name.startswith(TEMPORARY))
 
     def remove(self, name: str) -> None:
         """Delete a file or a directory with all that is in it; nothing happens if it is not there."""
@@ -95,6 +100,13 @@ class Storage:
         elif kind == pafs.FileType.File:
             filesystem.delete_file(path)
 
+    def remove_unfinished(self) -> None:
+        """Delete what interrupted writes left directly in here. Only while holding the lock: nobody else is writing."""
+        filesystem, base = self._target
+        for info in filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True)):
+            if info.base_name.startswith(TEMPORARY):
+                self.remove(info.base_name)
+
     def check_writable(self) -> None:
         """Write and remove a small file. Raises ValueError that says what is wrong with the root."""
         probe = f"{TEMPORARY}{uuid.uuid4().hex}"
@@ -102,7 +114,7 @@ class Storage:
             self.write_bytes(probe, b"")
             self.remove(probe)
         except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
+            reason = _reason(error.__cause__ if isinstance(error.__cause__, OSError) else error)
             raise ValueError(f"cannot write to {self.uri}: {reason}; choose another --root") from None
 
     @contextlib.contextmanager
@@ -115,13 +127,20 @@ class Storage:
         if self.local is None:
             yield
             return
-        self.local.mkdir(parents=True, exist_ok=True)
-        with open(self.local / name, "w") as handle:
+        with contextlib.ExitStack() as stack:
             try:
+                self.local.mkdir(parents=True, exist_ok=True)
+                handle = stack.enter_context(open(self.local / name, "w"))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise StorageError(f"another mis process is working on {self.uri}; wait for it or stop it") from None
+            except OSError as error:
+                raise StorageError(f"cannot lock {self.uri}: {_reason(error)}") from error
             yield
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).splitlines()[0]
 
 
 def _write_local(path: Path, data: bytes) -> None:

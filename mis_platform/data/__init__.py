@@ -1,0 +1,1 @@
+"""Files in, values out: photos, benchmarks, merge trees, training examples."""

@@ -1,0 +1,114 @@
+"""Ground-truth files of the benchmarks, and what in them is an object, background, or ignored.
+
+The rules are those of RITM's readers, which SimpleClick and the official MIS code share.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from mis_platform.data.matfile import read_instances
+
+MASK_FORMATS = ("PNG", "BMP", "JPEG", "GIF", "TIFF")
+MAX_MASK_PIXELS = 100_000_000
+
+IGNORE = -1
+_IGNORE_GREY = 128  # GrabCut's "unknown" band
+_VOC_VOID = 255  # palette index
+_VOC_VOID_GREY = 220  # grey value of the void colour (224, 224, 192)
+_BUGGY_SHARE = 0.08
+
+
+class ObjectMask(NamedTuple):
+    """One object to segment."""
+
+    object_id: str  # the label in the benchmark's file; "1" where a file holds one object
+    mask: np.ndarray  # int8 [H, W], pixels of the image: 1 object, 0 background, -1 ignored
+
+
+def read_binary(path: Path, object_id: str) -> tuple[ObjectMask, ...]:
+    """GrabCut, Berkeley, generic folders: above 128 object, exactly 128 ignored.
+
+    Of a colour image the channel that OpenCV decodes first, blue, counts.
+    """
+    grey = _decode(path)[:, :, 2]
+    mask = (grey > _IGNORE_GREY).astype(np.int8)
+    mask[grey == _IGNORE_GREY] = IGNORE
+    return (ObjectMask(object_id, mask),)
+
+
+def read_union(path: Path, object_id: str) -> tuple[ObjectMask, ...]:
+    """DAVIS, COCO_MVal: any channel above 0 is object, all objects of a frame are one; nothing is ignored."""
+    return (ObjectMask(object_id, (_decode(path).max(axis=2) > 0).astype(np.int8)),)
+
+
+def read_palette(path: Path, _: str) -> tuple[ObjectMask, ...]:
+    """PascalVOC: one object per palette index, 0 background, 255 ignored in every object of the image."""
+    with _open_mask(path) as image:
+        if image.mode not in ("P", "L"):
+            raise ValueError(f"mode {image.mode}; the objects should be palette indices")
+        return _split_labels(np.asarray(image), void=_VOC_VOID)
+
+
+def read_palette_as_grey(path: Path, _: str) -> tuple[ObjectMask, ...]:
+    """PascalVOC with the object ids of RITM and SimpleClick: grey values of the palette's colours, 220 ignored.
+
+    Two colours of the palette may have one grey value; then two objects become one, as they do there.
+    """
+    return _split_labels(cv2.cvtColor(_decode(path), cv2.COLOR_RGB2GRAY), void=_VOC_VOID_GREY)
+
+
+def read_sbd(path: Path, _: str) -> tuple[ObjectMask, ...]:
+    """SBD: one object per nonzero label; nothing is ignored, no object is left out."""
+    return _split_labels(read_instances(path), void=None)
+
+
+def drop_buggy_objects(instances: np.ndarray) -> np.ndarray:
+    """SBD's instance map for supervised training: objects that fill less than 8 % of their bounding box are background.
+
+    instances: int [H, W]. A rule of RITM's training reader; the evaluation leaves no object out.
+    """
+    kept = instances.copy()
+    for label in _labels(instances):
+        rows, columns = np.nonzero(instances == label)
+        box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+        if len(rows) / box < _BUGGY_SHARE:
+            kept[rows, columns] = 0
+    return kept
+
+
+def _labels(label_map: np.ndarray) -> list[int]:
+    return [int(label) for label in np.unique(label_map) if label != 0]
+
+
+def _split_labels(label_map: np.ndarray, void: int | None) -> tuple[ObjectMask, ...]:
+    """One object per nonzero label, ascending; pixels with the label `void` are ignored in all of them."""
+    objects = []
+    for label in _labels(label_map):
+        if label == void:
+            continue
+        mask = (label_map == label).astype(np.int8)
+        mask[label_map == void] = IGNORE
+        objects.append(ObjectMask(str(label), mask))
+    return tuple(objects)
+
+
+def _open_mask(path: Path) -> Image.Image:
+    image = Image.open(path, formats=MASK_FORMATS)
+    if image.width * image.height > MAX_MASK_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels; a mask may have {MAX_MASK_PIXELS}")
+    return image
+
+
+def _decode(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3], RGB, as OpenCV decodes it: 16-bit values lose their lower byte, transparency is dropped."""
+    with _open_mask(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            grey = (np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        return np.asarray(upright.convert("RGB"))

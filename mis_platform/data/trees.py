@@ -1,0 +1,203 @@
+"""Merge trees as Parquet rows, and a reader that finds the tree of an image without loading all of them at once."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mis_platform.artifacts import read_manifest
+from mis_platform.data.schemas import TREES, check_version
+from mis_platform.simulation.tree import MergeTree
+from mis_platform.storage import Storage
+
+Part = Mapping[str, Any]  # an entry of the manifest's "parts": name, rows, sha256, ...
+
+MAX_PART_BYTES = 2**30  # of a part, packed or unpacked
+CACHE_BYTES = 512 * 2**20  # holds the unpacked trees of all of SBD (8498 images of 24 kB)
+
+
+def tree_row(image_id: str, image_size: tuple[int, int], tree: MergeTree) -> dict[str, Any]:
+    """The row of one image. image_size: (height, width) in pixels, after EXIF rotation."""
+    return {
+        "image_id": image_id,
+        "image_height": image_size[0],
+        "image_width": image_size[1],
+        "grid_height": tree.grid[0],
+        "grid_width": tree.grid[1],
+        "children": tree.children.reshape(-1),
+        "costs": tree.costs,
+    }
+
+
+def rows_to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows of `tree_row` as a table with the schema TREES."""
+    return pa.Table.from_pylist(list(rows), schema=TREES)
+
+
+def tree_from_row(row: Mapping[str, Any]) -> MergeTree:
+    """The tree of a row. Raises ValueError naming the image when the row does not hold a valid tree."""
+    children, costs = np.asarray(row["children"], np.int32), np.asarray(row["costs"], np.float32)
+    try:
+        if min(row["image_height"], row["image_width"], row["grid_height"], row["grid_width"]) < 1:
+            raise ValueError("image and grid must have at least one pixel and one patch on each side")
+        if len(children) % 2:
+            raise ValueError(f"{len(children)} children do not make pairs")
+        tree = MergeTree(children.reshape(-1, 2), costs, (row["grid_height"], row["grid_width"]))
+        tree.validate()
+    except ValueError as error:
+        raise ValueError(f"image {row['image_id']!r}: {error}") from None
+    return tree
+
+
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows of a table with the schema TREES, lists as NumPy arrays that share its memory."""
+    return (_row(table, k) for k in range(table.num_rows))
+
+
+def _row(table: pa.Table, k: int) -> dict[str, Any]:
+    cells = {name: table[name][k] for name in table.column_names}
+    return {
+        name: cell.values.to_numpy() if pa.types.is_list(cell.type) else cell.as_py() for name, cell in cells.items()
+    }
+
+
+def read_part(storage: Storage, part: Part, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
+    """One part of a trees artifact, checked against the manifest's entry.
+
+    Raises ValueError naming the part when it is missing, altered, truncated, too large, has another schema or another
+    number of rows. The trees themselves are checked by `tree_from_row`.
+    """
+    name = part["name"]
+    try:
+        table = _decode(_read_bytes(storage, part, max_bytes), max_bytes)
+        if table.num_rows != part["rows"]:
+            raise ValueError(f"{table.num_rows} rows, the manifest says {part['rows']}")
+        return table
+    except FileNotFoundError:
+        raise ValueError(f"part {name}: it is missing from {storage}") from None
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"part {name}: {str(error).splitlines()[0]}") from None
+
+
+def _read_bytes(storage: Storage, part: Part, max_bytes: int) -> bytes:
+    path = PurePosixPath(part["name"])
+    if path.is_absolute() or ".." in path.parts or "\\" in part["name"]:
+        raise ValueError("a part must lie inside its artifact")
+    if storage.local is not None and (storage.local / path).stat().st_size > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
+    data = storage.read_bytes(part["name"])
+    if hashlib.sha256(data).hexdigest() != part["sha256"]:
+        raise ValueError("the file was altered or truncated: its SHA-256 is not the manifest's")
+    return data
+
+
+def _decode(data: bytes, max_bytes: int) -> pa.Table:
+    """Parse one Parquet file. What it says it unpacks to is looked at first: repeated values pack almost to nothing."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    check_version(file.schema_arrow)
+    if not file.schema_arrow.equals(TREES):
+        raise ValueError(f"columns {_columns(file.schema_arrow)} where {_columns(TREES)} are expected")
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    values = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
+    unpacked = max(sum(group.total_byte_size for group in groups), values * np.dtype(np.int32).itemsize)
+    if unpacked > max_bytes:
+        raise ValueError(f"it unpacks to {unpacked} bytes, more than {max_bytes}")
+    return file.read()
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}{'' if field.nullable else ' not null'}" for field in schema)
+
+
+class TreeReader:
+    """Random access by image id to the trees of a finished artifact.
+
+    Follows the manifest's list of parts, never the directory. The first access reads every part once, to learn which
+    images it holds; unpacked parts are kept while they fit into `cache_bytes`, the least recently used go first.
+    Not for several threads at once; it can be pickled and then starts anew.
+
+    Raises ValueError when there is no manifest, a part is not what the manifest says, or an image is in two parts.
+    """
+
+    def __init__(self, storage: Storage, cache_bytes: int = CACHE_BYTES) -> None:
+        self.storage = storage
+        self.cache_bytes = cache_bytes
+        self._parts: list[Part] = read_manifest(storage)["parts"]
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TreeReader, (self.storage, self.cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._index
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """In the order of parts and rows."""
+        return tuple(self._index)
+
+    def tree(self, image_id: str) -> MergeTree:
+        """Raises KeyError when the image has none, ValueError naming part and image when it is not a valid tree."""
+        number, k = self._index[image_id]
+        try:
+            return tree_from_row(_row(self._table(number), k))
+        except ValueError as error:
+            raise ValueError(f"part {self._parts[number]['name']}: {error}") from None
+
+    def image_size(self, image_id: str) -> tuple[int, int]:
+        """(height, width) in pixels, after EXIF rotation."""
+        number, k = self._index[image_id]
+        table = self._table(number)
+        return table["image_height"][k].as_py(), table["image_width"][k].as_py()
+
+    @cached_property
+    def _index(self) -> dict[str, tuple[int, int]]:
+        """image id -> (number of its part, row in it)."""
+        index: dict[str, tuple[int, int]] = {}
+        for number, part in enumerate(self._parts):
+            for k, image_id in enumerate(self._table(number)["image_id"].to_pylist()):
+                if image_id in index:
+                    raise ValueError(f"part {part['name']}: image {image_id!r} was there already")
+                index[image_id] = (number, k)
+        return index
+
+    def _table(self, number: int) -> pa.Table:
+        if number not in self._cache:
+            self._cache[number] = read_part(self.storage, self._parts[number])
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self.cache_bytes:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(number)
+        return self._cache[number]
+
+
+def verify_trees(storage: Storage) -> list[str]:
+    """Everything wrong with a trees artifact, one line per part or image; empty when all is well.
+
+    Raises ValueError when there is no manifest to follow.
+    """
+    problems = []
+    seen: set[str] = set()
+    for part in read_manifest(storage)["parts"]:
+        try:
+            table = read_part(storage, part)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for row in rows_of(table):
+            try:
+                tree_from_row(row)
+            except ValueError as error:
+                problems.append(f"part {part['name']}: {error}")
+            if row["image_id"] in seen:
+                problems.append(f"part {part['name']}: image {row['image_id']!r} was there already")
+            seen.add(row["image_id"])
+    return problems

@@ -1,0 +1,164 @@
+"""Patch features of a photo: what the merge tree is built from (paper section 3.1 and "Implementation Details").
+
+Nothing here imports torch: the networks (`backbones.py`) are loaded only when one is asked for, so that the
+weightless extractor and `weights_digest` stay cheap.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mis_platform.config import FeaturesConfig
+from mis_platform.model import hub
+
+WITHOUT_WEIGHTS = "color_texture"
+GRID_PIXELS = 8  # of the photo, per patch: the same grid for every extractor
+_HUB_FILE = "model.safetensors"
+_DINO = "https://dl.fbaipublicfiles.com/dino"
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+_DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A self-supervised vision transformer, as timm knows it."""
+
+    architecture: str  # timm's name
+    patch: int  # pixels
+    dim: int
+    repository: str  # on the Hugging Face hub, timm's key names
+    original: str  # where the authors' file is
+
+
+def _dino(size: str, dim: int, patch: int, name: str) -> Backbone:
+    architecture = f"vit_{size}_patch{patch}_224"
+    return Backbone(
+        architecture, patch, dim, f"timm/{architecture}.dino", f"{_DINO}/{name}_pretrain/{name}_pretrain.pth"
+    )
+
+
+def _dinov2(size: str, dim: int) -> Backbone:
+    architecture, name = f"vit_{size}_patch14_dinov2", f"dinov2_vit{size[0]}14"
+    return Backbone(architecture, 14, dim, f"timm/{architecture}.lvd142m", f"{_DINOV2}/{name}/{name}_pretrain.pth")
+
+
+def _dinov3(size: str, dim: int) -> Backbone:
+    # "qkvb" keeps the biases of queries and values, which the authors' files hold; timm's files leave out those of 0.
+    architecture, name = f"vit_{size}_patch16_dinov3", f"dinov3_vit{size[0]}16_pretrain_lvd1689m"
+    return Backbone(f"{architecture}_qkvb", 16, dim, f"timm/{architecture}.lvd1689m", f"{name} from {_DINOV3}")
+
+
+BACKBONES = {
+    "dino_vits8": _dino("small", 384, 8, "dino_deitsmall8"),
+    "dino_vits16": _dino("small", 384, 16, "dino_deitsmall16"),
+    "dino_vitb8": _dino("base", 768, 8, "dino_vitbase8"),
+    "dino_vitb16": _dino("base", 768, 16, "dino_vitbase16"),
+    "dinov2_vits14": _dinov2("small", 384),
+    "dinov2_vitb14": _dinov2("base", 768),
+    "dinov3_vits16": _dinov3("small", 384),
+    "dinov3_vitb16": _dinov3("base", 768),
+}
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Turns photos into patch features. All extractors share one grid: ceil(side / 8) patches along a side.
+
+    Every image is described by itself, as in the official MIS code, so its features do not depend on what else is in
+    the batch, to the last bit. A batch exists to cross process borders at once, not for speed: one photo of 3000
+    patches fills a GPU.
+    """
+
+    name: str
+    patch_size: int  # pixels of the resized photo
+    dim: int
+    describe: Callable[[np.ndarray], np.ndarray]  # uint8 [H', W', 3] -> float32 [N, dim]
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size in pixels that `prepare` resizes to: side * patch / 8, rounded, then the next multiple of the patch.
+
+        For patch 8 this is the paper's rule, h + p - (h mod p) where p does not divide h. For others the official MIS
+        code enlarges the photo first, so that the grid stays that of patch 8: 500x375 pixels are 63x47 patches.
+        """
+        scaled = (round(side * self.patch_size / GRID_PIXELS) for side in (height, width))
+        new_height, new_width = (-(-side // self.patch_size) * self.patch_size for side in scaled)
+        return new_height, new_width
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches for a photo of that many pixels."""
+        new_height, new_width = self.network_size(height, width)
+        return new_height // self.patch_size, new_width // self.patch_size
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """The photo, uint8 [H, W, 3] RGB, resized to `network_size` (Pillow's bicubic on 8 bits, as upstream)."""
+        height, width = self.network_size(*image.shape[:2])
+        if image.shape[:2] == (height, width):
+            return image
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        """Features of prepared photos of one size: uint8 [B, H', W', 3] -> float32 [B, N, dim], patches row-major."""
+        assert batch.dtype == np.uint8, batch.dtype
+        assert batch.ndim == 4, batch.shape
+        assert batch.shape[1] % self.patch_size == batch.shape[2] % self.patch_size == 0, batch.shape
+        patches = (batch.shape[1] // self.patch_size) * (batch.shape[2] // self.patch_size)
+        features = np.empty((len(batch), patches, self.dim), np.float32)
+        for k, image in enumerate(batch):
+            features[k] = self.describe(image)
+        return features
+
+
+def build_extractor(config: FeaturesConfig, device: str = "cpu") -> Extractor:
+    """The extractor that `config` names, its weights loaded onto `device` ("cpu", "cuda", "cuda:1").
+
+    Raises ValueError for weights that cannot be had, are damaged, or belong to another network. The weightless
+    extractor has no network and ignores weights, position_resize, layer, precision and device.
+    """
+    if config.extractor == WITHOUT_WEIGHTS:
+        from mis_platform.model import color_texture
+
+        return Extractor(config.extractor, color_texture.PATCH, color_texture.DIM, color_texture.describe)
+    path = weights_file(config)  # before torch is imported: what is missing is said at once
+    from mis_platform.model import backbones
+
+    backbone = BACKBONES[config.extractor]
+    describe = backbones.load(config, backbone, path, device)
+    return Extractor(config.extractor, backbone.patch, backbone.dim, describe)
+
+
+def weights_file(config: FeaturesConfig) -> Path:
+    """Where the weights of a network extractor are: features.weights, or timm's file in the hub's cache.
+
+    Downloads the latter if it is missing. Raises ValueError, within seconds, that says how to get the weights.
+    """
+    backbone = BACKBONES[config.extractor]
+    if config.weights is not None:
+        path = Path(config.weights)
+        if not path.is_file():
+            raise ValueError(f"features.weights: there is no file at {path}. {_how_to_get(backbone)}")
+        return path
+    try:
+        return hub.fetch(backbone.repository, _HUB_FILE)
+    except ConnectionError as error:
+        raise ValueError(
+            f"no weights for features.extractor={config.extractor}: {error}. {_how_to_get(backbone)}"
+        ) from None
+
+
+def _how_to_get(backbone: Backbone) -> str:
+    return (
+        f"Download {backbone.original} (or {_HUB_FILE} of {backbone.repository}) and give its path with "
+        f"--set features.weights=PATH; or use --set features.extractor={WITHOUT_WEIGHTS}, which needs no weights"
+    )
+
+
+def weights_digest(config: FeaturesConfig) -> str:
+    """SHA-256 of the weights file in hexadecimal, "none" for the weightless extractor. Raises as `weights_file`."""
+    if config.extractor == WITHOUT_WEIGHTS:
+        return "none"
+    with weights_file(config).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,67 @@
+"""Iterative training clicks (RITM, with SimpleClick's settings): one more per image where the model errs."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+THRESHOLD = 0.49  # of probabilities, RITM's; the evaluation protocol has its own
+
+
+def append_iterative_clicks(
+    points_B2M3: Tensor,
+    probabilities_B1HW: Tensor,
+    targets_B1HW: Tensor,
+    index: int,
+    rngs: Sequence[np.random.Generator],
+) -> Tensor:
+    """A copy of `points` with the `index`-th iterative click (1, 2, ...) of every image.
+
+    points: M positive then M negative rows (row, column, order) in pixels. The click goes into row M - index or
+    2M - index (from 0) with order `index`: it overwrites a sampled click that reached that far, as in RITM. An image
+    without error keeps its rows. probabilities in [0, 1]; targets above 0.5 are object, all else is not.
+    rngs: one generator per image, so a click does not depend on which images share the batch.
+    """
+    batch, slots, _ = points_B2M3.shape
+    limit = slots // 2
+    assert 1 <= index <= limit, f"index {index} is outside 1..{limit}"
+    assert len(rngs) == batch, f"{batch} images need as many generators, got {len(rngs)}"
+    probabilities = probabilities_B1HW.detach()[:, 0].float().cpu().numpy()
+    objects = (targets_B1HW.detach()[:, 0] > 0.5).cpu().numpy()
+    updated = points_B2M3.clone()
+    for image, rng in enumerate(rngs):
+        click = error_click(objects[image], probabilities[image], rng)
+        if click is not None:
+            row, column, positive = click
+            slot = (limit if positive else slots) - index
+            updated[image, slot] = torch.tensor([row, column, index], dtype=updated.dtype)
+    return updated
+
+
+def error_click(
+    object_mask: np.ndarray, probability: np.ndarray, rng: np.random.Generator
+) -> tuple[int, int, bool] | None:
+    """(row, column, positive) uniform over the inner half of the deeper kind of error, or None without error.
+
+    object_mask: bool [H, W]; probability: float32 [H, W]. The depth of an error pixel is its distance in pixels to
+    the nearest pixel without that error (OpenCV's 5x5 approximation; the frame counts as no error). The click is
+    positive iff the deepest missed object pixel is deeper than the deepest false one; pixels deeper than half of it
+    qualify.
+    """
+    missed = _depth(object_mask & (probability < THRESHOLD))
+    false = _depth(~object_mask & (probability > THRESHOLD))
+    deepest_missed, deepest_false = missed.max(), false.max()
+    positive = bool(deepest_missed > deepest_false)
+    depth, deepest = (missed, deepest_missed) if positive else (false, deepest_false)
+    candidates = np.flatnonzero(depth > deepest / 2)
+    if len(candidates) == 0:
+        return None
+    row, column = divmod(int(rng.choice(candidates)), depth.shape[1])
+    return row, column, positive
+
+
+def _depth(mask: np.ndarray) -> np.ndarray:
+    padded = np.pad(mask, 1).astype(np.uint8)
+    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1]

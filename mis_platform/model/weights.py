@@ -1,0 +1,298 @@
+"""Weights in and out: saved click models, MAE initialisation, foreign files read without executing them.
+
+A saved model is a directory with `model.safetensors` and `config.json`. Foreign files are safetensors or .pth/.pt; the
+latter are only ever read with `weights_only=True`, so a file can carry tensors but no code. Every refusal is a
+ValueError that names the file and the first offending key.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mis_platform.model import hub
+from mis_platform.model.simpleclick import VARIANTS, SimpleClick, interpolate_position
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+# He et al., "Masked Autoencoders Are Scalable Vision Learners" (CC BY-NC 4.0), without fine-tuning.
+MAE_REPOSITORIES = {
+    "vit_b": "timm/vit_base_patch16_224.mae",
+    "vit_l": "timm/vit_large_patch16_224.mae",
+    "vit_h": "timm/vit_huge_patch14_224.mae",
+}
+MAE_ORIGINALS = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{base,large,huge}.pth"
+MAE_LEFT_OUT = frozenset({"norm.weight", "norm.bias"})  # SimpleClick has no final norm
+NOT_IN_MAE = ("fc_norm.", "head.")  # of the backbone; unused in SimpleClick
+_SCAN_BYTES = 2**24  # of a pickle: far more than the structure of any checkpoint
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+# -- saved models ----------------------------------------------------------------------------------------------------
+
+
+def save_model(directory: str | Path, model: SimpleClick, config: Mapping[str, Any]) -> None:
+    """Write `model` and `config` (JSON values) into `directory`, which is made if missing.
+
+    `variant` and `image_size` (pixels: a side, or [height, width]) are set from the model. Each file appears whole or
+    not at all, config.json last.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    height, width = model.image_size
+    described = {**config, "variant": model.variant, "image_size": height if height == width else [height, width]}
+    text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _write(directory / WEIGHTS_FILE, safetensors.torch.save(state))
+    _write(directory / CONFIG_FILE, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(directory: str | Path) -> SimpleClick:
+    """The model saved in `directory`, on the CPU in evaluation mode.
+
+    Raises ValueError for a missing or damaged file, an unknown variant, and weights that do not belong: the key, both
+    shapes and, if there is one, the variant that would fit are named.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        state = read_state_dict(directory)
+        raise ValueError(f"{directory} is {_kind(state)}, not a saved model: {_wanted_directory(state)}")
+    config = read_config(directory)
+    state = read_state_dict(directory / WEIGHTS_FILE)
+    with torch.device("meta"):  # neither time nor random numbers for weights that are replaced at once
+        model = SimpleClick(config["variant"], config["image_size"])
+    _check(state, _shapes(model.state_dict()), directory / WEIGHTS_FILE, model.variant)
+    # The tensors are views of the file; copies survive if it is rewritten in place or its network drive goes away.
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """What `save_model` was given, with `variant` and `image_size` checked; ValueError if missing or damaged."""
+    path = Path(directory) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} holds no model: {CONFIG_FILE} is missing") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("variant") not in list(VARIANTS):
+        raise ValueError(f"{path} must be an object with variant set to one of: {', '.join(VARIANTS)}")
+    size = config.get("image_size")
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int for side in sides):
+        raise ValueError(f"{path}: image_size must be pixels, a side or [height, width], got {size!r}")
+    return config
+
+
+def _wanted_directory(state: Mapping[str, Tensor]) -> str:
+    if _is_vit(state):
+        return "train from it with model.init=mae and model.init_weights set to this file"
+    return f"give the directory that holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+
+
+# -- MAE -------------------------------------------------------------------------------------------------------------
+
+
+def load_mae(model: SimpleClick, source: str | Path | None = None) -> None:
+    """Initialise the backbone of `model`, in place, from MAE-pretrained weights; all other parts stay as they are.
+
+    source: a file in MAE's own format (a dict with key "model") or timm's (flat), .pth or .safetensors; None fetches
+    timm's file from the Hugging Face hub, or takes it from the hub's cache. The position embedding is resized
+    bicubically from the 14x14 (ViT-H: 16x16) patches of MAE to the model's grid, its class entry kept. MAE's final
+    norm is left out. Raises ValueError if the file cannot be had, is something else (a click model, a supervised
+    classifier), or does not fit.
+    """
+    path = _fetch_mae(model.variant) if source is None else Path(source)
+    load_mae_state(model, read_state_dict(path), path)
+
+
+def load_mae_state(model: SimpleClick, state: Mapping[str, Tensor], origin: str | Path) -> None:
+    """`load_mae` with tensors at hand; `origin` names them in errors."""
+    if "patch_embed_coords.proj.weight" in state:
+        raise ValueError(f"{origin} is {_kind(state)}: MAE initialisation needs a pre-trained MAE encoder")
+    supervised = [name for name in state if name.startswith(NOT_IN_MAE)]
+    if supervised:
+        raise ValueError(
+            f"{origin} has a classifier ({supervised[0]}): its backbone was fine-tuned on labels, "
+            f"which an unsupervised model must not see; use a file that is only pre-trained ({MAE_ORIGINALS})"
+        )
+    expected = _mae_shapes(model)
+    position = tuple(state["pos_embed"].shape) if "pos_embed" in state else ()
+    side = math.isqrt(max(0, position[1] - 1)) if len(position) == 3 else 0
+    if side and position == (1, 1 + side * side, expected["pos_embed"][2]):
+        expected["pos_embed"] = position  # any square grid can be resized
+    encoder = {name: tensor for name, tensor in state.items() if name not in MAE_LEFT_OUT}
+    _check(encoder, expected, origin, model.variant)
+    encoder["pos_embed"] = interpolate_position(encoder["pos_embed"], (side, side), model.backbone.grid)
+    problems = model.backbone.load_state_dict(encoder, strict=False)
+    assert not problems.unexpected_keys
+    assert all(name.startswith(NOT_IN_MAE) for name in problems.missing_keys)
+
+
+def _mae_shapes(model: SimpleClick) -> Shapes:
+    """What a MAE encoder for this model holds, but for the final norm; pos_embed at MAE's own 224 pixels."""
+    shapes = _shapes(model.backbone.state_dict())
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(NOT_IN_MAE)}
+    shapes["pos_embed"] = (1, 1 + VARIANTS[model.variant].window ** 2, shapes["pos_embed"][2])
+    return shapes
+
+
+def _fetch_mae(variant: str) -> Path:
+    if variant not in MAE_REPOSITORIES:
+        raise ValueError(f"there are no MAE weights for {variant}; there are for: {', '.join(MAE_REPOSITORIES)}")
+    repository = MAE_REPOSITORIES[variant]
+    try:
+        return hub.fetch(repository, WEIGHTS_FILE)
+    except ConnectionError as error:
+        raise ValueError(
+            f"there are no MAE weights for {variant} at hand: {error}. "
+            f"Fetch {MAE_ORIGINALS}, or {WEIGHTS_FILE} of {repository}, on a machine with access and set "
+            "model.init_weights to its path; or start from random weights with model.init=random"
+        ) from None
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth/.pt file by name, on the CPU; no code in the file is run.
+
+    A dict under "model" (MAE) or "state_dict" is unwrapped. Raises ValueError for a file that is missing, damaged,
+    holds Python objects other than tensors and plain values, or holds no tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no weights file at {path}")
+    if path.suffix == ".safetensors" or _starts_like_safetensors(path):
+        return _read_safetensors(path)
+    content = _read_pickle(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds no state dict (tensors by name), but a {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} holds no state dict: {name!r} is a {type(value).__name__}, not a tensor")
+    return dict(content)
+
+
+def _starts_like_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"  # after the length of the header comes its JSON
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise almost anything; nothing of it has been executed
+        if _names_click_model(path):
+            raise ValueError(
+                f"{path} looks like an official SimpleClick or MIS checkpoint: it pickles Python objects beside the "
+                "weights, which could run code when loaded. This version refuses such files"
+            ) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is damaged, or holds Python objects that are not weights and could run code when loaded; "
+            f"it was refused ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _names_click_model(path: Path) -> bool:
+    """Whether a pickle mentions the classes of SimpleClick or MIS; looks at bytes only, loads nothing."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                parts = [archive.open(name).read(_SCAN_BYTES) for name in names]
+        else:
+            with path.open("rb") as file:
+                parts = [file.read(_SCAN_BYTES)]
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
+        return False
+    return any(b"isegm." in part or b"mis.model." in part for part in parts)
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(state: Mapping[str, Tensor], expected: Shapes, origin: str | Path, variant: str) -> None:
+    """ValueError for the first wrong shape, unknown, missing, non-float32 or non-finite tensor, in this order."""
+    for name in sorted(state.keys() & expected.keys()):
+        if tuple(state[name].shape) != expected[name]:
+            raise ValueError(
+                f"{origin} does not fit {variant}: {name} has shape {tuple(state[name].shape)}, "
+                f"{variant} needs {expected[name]}{_fitting_variant(state, variant)}"
+            )
+    for problem, names in (
+        ("unexpected", state.keys() - expected.keys()),
+        ("missing", expected.keys() - state.keys()),
+    ):
+        if names:
+            raise ValueError(f"{origin} is {_kind(state)} that does not fit {variant}: {problem} {_listed(names)}")
+    for name, tensor in state.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{origin}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{origin}: {name} holds NaN or infinity; the training that made it has diverged")
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *rest = sorted(names)
+    return f"{first} and {len(rest)} more" if rest else first
+
+
+def _fitting_variant(state: Mapping[str, Tensor], tried: str) -> str:
+    """What to add to the refusal of a wrong size: the variant whose transformer has these shapes."""
+    prefix = "" if _is_vit(state) else "backbone."
+    for variant in VARIANTS:
+        with torch.device("meta"):
+            expected = _mae_shapes(SimpleClick(variant))
+        del expected["pos_embed"]  # depends on the image size as well
+        found = {name: tuple(state[prefix + name].shape) for name in expected if prefix + name in state}
+        if found == expected and f"{prefix}blocks.{VARIANTS[variant].depth}.norm1.weight" not in state:
+            return "" if variant == tried else f"; it fits {variant} (model.variant={variant})"
+    return f"; it fits none of: {', '.join(VARIANTS)}"
+
+
+def _is_vit(state: Mapping[str, Tensor]) -> bool:
+    return "blocks.0.attn.qkv.weight" in state and "patch_embed.proj.weight" in state
+
+
+def _kind(state: Mapping[str, Tensor]) -> str:
+    if "patch_embed_coords.proj.weight" in state:
+        return "a click model (SimpleClick)"
+    if _is_vit(state):
+        return "a plain vision transformer such as MAE's encoder"
+    return "a set of weights of another network"
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

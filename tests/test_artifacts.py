@@ -1,0 +1,158 @@
+"""Stages: what is done stays done, what is missing is made once, and other settings are another artifact."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mis_platform.artifacts import (
+    MANIFEST,
+    FingerprintMismatch,
+    Output,
+    Part,
+    Stage,
+    combine_digests,
+    ensure,
+    read_manifest,
+    sha256,
+    walk,
+)
+from mis_platform.config import SamplingConfig, fingerprint
+from mis_platform.storage import Storage, StorageError
+
+
+def counting_stage(name: str, calls: list[str], config: Any = None, **inputs: Stage) -> Stage:
+    """A stage that writes one file with the names of what it read."""
+
+    def run(found: dict[str, Storage], out: Storage) -> Output:
+        calls.append(name)
+        data = "+".join(sorted(str(storage.read_bytes("content"), "utf8") for storage in found.values())) + name
+        out.write_bytes("content", data.encode())
+        digest = sha256(data.encode())
+        part = Part(name="content", rows=1, bytes=len(data), sha256=digest, digest=digest)
+        return Output(parts=(part,), digest=digest, summary={"letters": len(data)})
+
+    return Stage(name=name, version=1, config=config or {}, run=run, inputs=inputs)
+
+
+def test_what_is_missing_runs_once_inputs_first(tmp_path: Path) -> None:
+    root, calls = Storage(str(tmp_path)), []  # type: tuple[Storage, list[str]]
+    trees = counting_stage("trees", calls)
+    left = counting_stage("left", calls, trees=trees)
+    right = counting_stage("right", calls, trees=trees)
+    table = counting_stage("table", calls, left=left, right=right)
+    out = ensure(table, root)
+    assert calls[0] == "trees"
+    assert sorted(calls) == ["left", "right", "table", "trees"]
+    assert out.read_bytes("content") == b"treesleft+treesrighttable"
+    assert ensure(table, root) == out
+    assert len(calls) == 4
+    assert [stage.name for stage in walk(table)] == ["trees", "left", "right", "table"]
+
+
+def test_a_finished_stage_does_not_need_its_inputs(tmp_path: Path) -> None:
+    root, calls = Storage(str(tmp_path)), []  # type: tuple[Storage, list[str]]
+    trees = counting_stage("trees", calls)
+    model = counting_stage("model", calls, trees=trees)
+    ensure(model, root)
+    root.remove("trees")
+    ensure(model, root)
+    assert calls == ["trees", "model"]
+
+
+def test_a_failed_stage_leaves_no_manifest_and_keeps_its_files(tmp_path: Path) -> None:
+    def fail(inputs: dict[str, Storage], out: Storage) -> Output:
+        out.write_bytes("part", b"1")
+        raise RuntimeError("no")
+
+    root = Storage(str(tmp_path))
+    stage = Stage(name="trees", version=1, config={}, run=fail)
+    with pytest.raises(RuntimeError):
+        ensure(stage, root)
+    assert not stage.is_done(root)
+    assert stage.directory(root).read_bytes("part") == b"1"
+    ensure(counting_stage("trees", []), root)  # the same identity: nothing holds the lock any more
+    assert stage.is_done(root)
+
+
+def test_two_processes_do_not_work_on_one_artifact(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path))
+    stage = counting_stage("trees", [])
+    with stage.directory(root).lock(), pytest.raises(StorageError, match="another mis process"):
+        ensure(stage, root)
+    assert not stage.is_done(root)
+
+
+def test_the_manifest_tells_what_was_made_and_how(tmp_path: Path) -> None:
+    stage = counting_stage("trees", [], config=SamplingConfig(alpha=0.5))
+    manifest = read_manifest(ensure(stage, Storage(str(tmp_path))))
+    assert manifest["fingerprint"] == stage.fingerprint == fingerprint(stage.identity())
+    assert manifest["config"]["alpha"] == 0.5
+    assert manifest["parts"] == [
+        {"name": "content", "rows": 1, "bytes": 5, "sha256": sha256(b"trees"), "digest": sha256(b"trees")}
+    ]
+    assert manifest["summary"] == {"letters": 5}
+    assert {"created", "seconds", "packages", "git_commit"} <= manifest["information"].keys()
+
+
+def test_only_settings_version_and_inputs_decide_the_address() -> None:
+    def address(config: Any = None, version: int = 1, **inputs: Stage) -> str:
+        return Stage(name="s", version=version, config=config or {}, run=lambda i, o: None, inputs=inputs).fingerprint  # type: ignore[arg-type, return-value]
+
+    trees, other = counting_stage("trees", []), counting_stage("trees", [], config={"seed": 1})
+    assert address({"a": 1, "b": 2}) == address({"b": 2, "a": 1})
+    assert address(trees=trees) == address(trees=counting_stage("trees", []))
+    distinct = [
+        address(),
+        address({"a": 1}),
+        address({"a": 1.5}),
+        address(version=2),
+        address(trees=trees),
+        address(trees=other),
+        address(photos=trees),
+    ]
+    assert len(set(distinct)) == len(distinct)
+
+
+def test_an_artifact_of_other_settings_is_refused_with_the_difference(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path))
+    stage = counting_stage("trees", [], config={"alpha": 0.9})
+    out = ensure(stage, root)
+    manifest = json.loads(out.read_bytes(MANIFEST))
+    manifest["config"]["alpha"] = 0.5
+    out.write_bytes(MANIFEST, json.dumps(manifest).encode())
+    with pytest.raises(FingerprintMismatch, match=r"config\.alpha: 0\.5 -> 0\.9"):
+        ensure(stage, root)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"stage": 1}', b"\xff\xfe", b"[" * 200_000])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+    stage = counting_stage("trees", [])
+    out = stage.directory(Storage(str(tmp_path)))
+    out.write_bytes(MANIFEST, content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        ensure(stage, Storage(str(tmp_path)))
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="missing or unfinished"):
+        read_manifest(Storage(str(tmp_path)))
+
+
+@given(st.lists(st.binary(max_size=4), max_size=12), st.integers(0, 12), st.randoms())
+def test_digests_do_not_depend_on_order_and_grouping(contents: list[bytes], cut: int, rng: random.Random) -> None:
+    digests = [sha256(content) for content in contents]
+    whole = combine_digests(digests)
+    assert combine_digests(rng.sample(digests, len(digests))) == whole
+    assert combine_digests([combine_digests(digests[:cut]), combine_digests(digests[cut:])]) == whole
+    assert len(whole) == 64
+
+
+def test_digests_differ_when_a_row_is_missing_doubled_or_changed() -> None:
+    rows = [sha256(bytes([k])) for k in range(5)]
+    variants = [rows, rows[:-1], [*rows, rows[0]], [*rows[:-1], sha256(b"other")]]
+    assert len({combine_digests(variant) for variant in variants}) == len(variants)
