@@ -122,7 +122,7 @@ def load_mae(model: SimpleClick, source: str | Path | None = None) -> None:
     norm is left out. Raises ValueError if the file cannot be had, is something else (a click model, a supervised
     classifier), or does not fit.
     """
-    path = _fetch_mae(model.variant) if source is None else Path(source)
+    path = fetch_mae(model.variant) if source is None else Path(source)
     load_mae_state(model, read_state_dict(path), path)
 
 
@@ -157,7 +157,11 @@ def _mae_shapes(model: SimpleClick) -> Shapes:
     return shapes
 
 
-def _fetch_mae(variant: str) -> Path:
+def fetch_mae(variant: str) -> Path:
+    """timm's MAE weights of `variant` ("vit_b", "vit_l", "vit_h"), from the hub's cache or the hub.
+
+    Raises ValueError, within seconds, that says how to get them.
+    """
     if variant not in MAE_REPOSITORIES:
         raise ValueError(f"there are no MAE weights for {variant}; there are for: {', '.join(MAE_REPOSITORIES)}")
     repository = MAE_REPOSITORIES[variant]

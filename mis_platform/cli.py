@@ -1,0 +1,312 @@
+"""The `mis` command: parse, resolve, hand over. The only file that knows typer and exit codes.
+
+Exit codes: 0 done; 2 usage or settings; 3 data invalid or missing; 4 finished with failures; 5 fingerprint mismatch;
+6 storage or cluster lost; 130 stopped by Ctrl-C, run me again.
+
+Everything heavy is imported inside the commands, after the settings are read: `mis --help` and a typo answer at once.
+"""
+
+import enum
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mis_platform.config import Resources, Run
+    from mis_platform.storage import Storage
+
+USAGE, DATA, FAILURES, MISMATCH, LOST, INTERRUPTED = 2, 3, 4, 5, 6, 130
+
+
+class Split(enum.StrEnum):
+    """Which images of a dataset that comes in two halves."""
+
+    train = "train"
+    val = "val"
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Unsupervised interactive segmentation: photos in, a click model and its score out.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Datasets: what is there, and is it whole?")
+app.add_typer(data_app, name="data")
+
+RootOption = Annotated[
+    str, typer.Option("--root", envvar="MIS_ROOT", help="Where artifacts go: a folder, or s3://bucket/prefix.")
+]
+DataRootOption = Annotated[
+    Path | None, typer.Option("--data-root", envvar="MIS_DATA", help="Folder that holds the datasets by name.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting, e.g. sampling.alpha=0.8 (all: `mis show`)."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what is done and what is missing; run nothing.")]
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
+]
+
+
+@app.command()
+def quickstart(
+    root: Annotated[str, typer.Option("--root", help="Folder for everything this makes.")] = "quickstart",
+    assignments: SetOption = None,
+) -> None:
+    """The whole method in minutes on a laptop: photos, trees, a small training, its score, pictures, MLflow."""
+    from mis_platform import quickstart as story
+
+    run, resources = story.settings(assignments or [])
+    story.tell(_writable(root), run, resources)
+
+
+@app.command()
+def precompute(
+    dataset: DatasetOption = None,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+    dry_run: DryRunOption = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 if any photo was refused.")] = False,
+) -> None:
+    """Turn photos into merge trees: features, then Ward merging, one row an image."""
+    run, resources = _settings(assignments, dataset=dataset)
+    from mis_platform import pipeline
+
+    photos = pipeline.training_photos(run, data_root)
+    stage = pipeline.trees_stage(photos, run, resources)
+    if dry_run:
+        return _print_plan([stage], root)
+    trees, summary = _ensure(stage, _writable(root))
+    typer.echo(_counts("trees", summary))
+    typer.echo(f"trees: {trees}")
+    if strict and summary.get("quarantined"):
+        raise typer.Exit(FAILURES)
+
+
+@app.command()
+def train(
+    dataset: DatasetOption = None,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a click model on simulated interactions; makes the trees first if they are missing."""
+    run, resources = _settings(assignments, dataset=dataset)
+    from mis_platform import jobs, pipeline
+
+    photos = pipeline.training_photos(run, data_root)
+    if dry_run:
+        stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
+        return _print_plan([stage], root)
+    checkpoint = jobs.train(photos, run, resources, _writable(root))
+    typer.echo(f"model: {checkpoint}")
+    typer.echo(f"next: mis eval --dataset grabcut --model {checkpoint}")
+
+
+@app.command(name="eval")
+def evaluate(
+    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="A benchmark; repeat for several.")] = None,
+    model: Annotated[str, typer.Option("--model", help="Directory, fingerprint, or latest.")] = "latest",
+    proposals: Annotated[bool, typer.Option("--proposals", help="Score the merge trees instead of a model.")] = False,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, the best overlap of the trees."""
+    run, resources = _settings(assignments)
+    from mis_platform import jobs, pipeline
+
+    benchmarks = [pipeline.benchmark(spec, data_root) for spec in dataset or run.eval_datasets]
+    storage = _root(root)
+    if proposals:
+        stages = [pipeline.overlap_stage(benchmark, run, resources) for benchmark in benchmarks]
+        if dry_run:
+            return _print_plan(stages, root)
+        typer.echo(jobs.score_proposals(benchmarks, run, resources, _writable(root)))
+        return None
+    directory = pipeline.find_model(storage, model)
+    typer.echo(f"model: {directory}", err=True)
+    if dry_run:
+        return _print_plan([pipeline.clicks_stage(b, run, resources, directory) for b in benchmarks], root)
+    from mis_platform import report
+
+    scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root))
+    typer.echo(report.summary_table(scores))
+    return None
+
+
+@app.command()
+def show(
+    dataset: DatasetOption = None,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Print every setting with its value, and which stages are done."""
+    from mis_platform.config import Resources, Run, fingerprint, flatten
+
+    run, resources = _settings(assignments, dataset=dataset)
+    width = max(map(len, flatten(run)))
+    for settings, default, prefix in ((run, Run(), ""), (resources, Resources(), "resources.")):
+        for name, value in flatten(settings, prefix).items():
+            changed = (
+                ""
+                if flatten(default, prefix)[name] == value
+                else f"   (default {_spell(flatten(default, prefix)[name])})"
+            )
+            typer.echo(f"{name:<{width}}  {_spell(value)}{changed}")
+    typer.echo(f"\nfingerprint {fingerprint(run)}")
+    from mis_platform import pipeline
+
+    try:
+        photos = pipeline.training_photos(run, data_root)
+        stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
+    except ValueError as error:
+        typer.echo(f"stages: {error}")
+    else:
+        _print_plan([stage], root)
+
+
+@app.command()
+def ui(
+    root: RootOption = "artifacts",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
+) -> None:
+    """Open the MLflow UI on the runs of this root (loopback only)."""
+    from mis_platform import tracking
+
+    command = tracking.ui_command(_root(root), port)
+    typer.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C stops it)", err=True)
+    sys.stdout.flush()
+    os.execvp(command[0], command)
+
+
+@data_app.command(name="list")
+def data_list(data_root: DataRootOption = None) -> None:
+    """Which datasets are known, and which are under --data-root."""
+    from mis_platform.data import benchmarks
+
+    for line in benchmarks.list_datasets(data_root):
+        typer.echo(line)
+
+
+@data_app.command(name="verify")
+def data_verify(
+    dataset: Annotated[str, typer.Option("--dataset", help="NAME or NAME:PATH.")],
+    data_root: DataRootOption = None,
+    split: Annotated[Split, typer.Option("--split", help="For datasets that have both.")] = Split.val,
+) -> None:
+    """Read every photo and mask of a dataset and report what is missing or broken (exit code 3 if anything is)."""
+    from mis_platform.data import benchmarks
+    from mis_platform.progress import Progress
+
+    opened = benchmarks.open_dataset(dataset, data_root, split="train" if split is Split.train else "val")
+    report = benchmarks.verify(opened, on_image=Progress("verify", len(opened), "images").update)
+    typer.echo(str(report))
+    if report.problems:
+        raise typer.Exit(DATA)
+
+
+# -- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _settings(assignments: list[str] | None, **named: Any) -> "tuple[Run, Resources]":
+    """Run and Resources with the command line's changes; `resources.*` names go to the latter."""
+    from mis_platform.config import Resources, Run, override
+
+    given = list(assignments or [])
+    wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
+    deciding = [text for text in given if not text.startswith("resources.")]
+    deciding += [f"{name}={value}" for name, value in named.items() if value is not None]
+    return override(Run(), deciding), override(Resources(), wide)
+
+
+def _root(root: str) -> "Storage":
+    from mis_platform.storage import Storage
+
+    return Storage(root)
+
+
+def _writable(root: str) -> "Storage":
+    storage = _root(root)
+    storage.check_writable()
+    return storage
+
+
+def _ensure(stage: Any, root: "Storage") -> "tuple[Storage, dict[str, Any]]":
+    from mis_platform.artifacts import ensure, read_manifest
+    from mis_platform.stages.cluster import cluster
+
+    if stage.is_done(root):
+        directory = ensure(stage, root)
+        typer.echo(f"{stage.name}: already done", err=True)
+    else:
+        with cluster():
+            directory = ensure(stage, root)
+    return directory, read_manifest(directory)["summary"]
+
+
+def _print_plan(stages: list[Any], root: str) -> None:
+    from mis_platform.artifacts import walk
+
+    storage = _root(root)
+    for stage in stages:
+        for needed in walk(stage):
+            state = "done   " if needed.is_done(storage) else "missing"
+            typer.echo(f"{state}  {needed.directory(storage)}")
+
+
+def _counts(label: str, summary: dict[str, Any]) -> str:
+    return f"{label}: " + ", ".join(f"{name} {_spell(value)}" for name, value in summary.items())
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def main() -> None:
+    """Run the command line; the one place where errors become exit codes."""
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+        raise
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:  # our fault: show everything
+            raise
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    from mis_platform.errors import DataError, FingerprintMismatch, TrainingDiverged
+
+    codes = {
+        FingerprintMismatch: MISMATCH,
+        DataError: DATA,
+        TrainingDiverged: FAILURES,
+        ValueError: USAGE,
+        OSError: LOST,
+    }
+    for kind, code in codes.items():
+        if isinstance(error, kind):
+            return code
+    return LOST if type(error).__module__.startswith("ray.") else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Training examples as a pure function of their number: photo, proposal, augmentation and clicks of number k.
+
+The whole training is one stream of k = 0, 1, 2, ...; visit e of all photos is k = e*n ... e*n + n-1, in an order of its
+own. Everything random about an example comes from (seed, k), so it is the same whoever makes it, in whatever order.
+
+Augmentation has SimpleClick's steps and settings for SBD (albumentations 0.5.2). The geometric ones are composed into
+one affine map, so that a photo is interpolated once and photo and mask cannot drift apart. Coordinates are (x, y) with
+pixel edges at whole numbers, unless said otherwise.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from mis_platform.config import AugmentConfig, Run
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.images import read_image
+from mis_platform.data.trees import TreeReader
+from mis_platform.simulation.clicks import sample_clicks
+from mis_platform.simulation.proposals import mask_at_image_size
+from mis_platform.simulation.sampling import draw_proposal
+from mis_platform.storage import Storage
+
+MAX_AUGMENTATIONS = 100  # draws for one example; then a crop without the object is kept
+
+# What a random stream is for: streams of different purposes are independent.
+ORDER, EXAMPLE, NETWORK, PASSES = range(4)
+
+
+class Example(NamedTuple):
+    """One training example at S = model.image_size."""
+
+    image: np.ndarray  # uint8 [S, S, 3], RGB
+    mask: np.ndarray  # uint8 [S, S]: 1 object, 0 background; all 0 in a background sample
+    points: np.ndarray  # float32 [2 * clicks.max_clicks, 3]: rows (row, column, order), positives first, unused -1
+    image_id: str
+    number: int  # k
+
+
+@dataclass(frozen=True)
+class ExampleStream:
+    """The training examples of a run, by number."""
+
+    dataset: Dataset
+    trees: Storage  # a finished trees artifact
+    image_ids: tuple[str, ...]  # photos that have a tree
+    run: Run
+
+    def visit(self, number: int) -> tuple[int, str]:
+        """(epoch, image id) of example `number`; every epoch visits each photo once, in a new order."""
+        epoch, position = divmod(number, len(self.image_ids))
+        return epoch, self.image_ids[_order(self.run.train.seed, epoch, len(self.image_ids))[position]]
+
+    def example(self, number: int) -> Example:
+        """Example `number` >= 0: a fresh proposal of its photo (Algorithm 2), augmented, with simulated clicks.
+
+        Raises ImageRefused when the photo cannot be read any more, ValueError when it is not the one that was
+        precomputed or its tree is damaged.
+        """
+        run = self.run
+        _, image_id = self.visit(number)
+        rng = generator(run.train.seed, EXAMPLE, number)
+        image = read_image(
+            self.dataset.image_path(image_id), max_megapixels=run.data.max_megapixels, min_side=run.data.min_side
+        )
+        proposal = self._draw_mask(image_id, image.shape[:2], rng)
+        crop, mask = augment(image, proposal, run.model.image_size, run.augment, rng)
+        points = sample_clicks(mask, rng, run.clicks)
+        return Example(crop, mask.astype(np.uint8), points, image_id, number)
+
+    def _draw_mask(self, image_id: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """A proposal at image size, bool [H, W]."""
+        reader = _reader(self.trees)
+        if reader.image_size(image_id) != size:
+            raise ValueError(
+                f"photo {image_id!r} is {size[0]}x{size[1]} pixels (height x width), but was "
+                "{}x{} when its tree was made; run mis precompute again".format(*reader.image_size(image_id))
+            )
+        sampling = self.run.sampling
+        proposal = draw_proposal(
+            reader.tree(image_id),
+            rng,
+            strategy=sampling.strategy,
+            alpha=sampling.alpha,
+            min_area=sampling.min_area,
+            max_redraws=sampling.max_redraws,
+        )
+        return mask_at_image_size(proposal.mask, *size)
+
+
+def open_stream(dataset: Dataset, trees: Storage, run: Run) -> ExampleStream:
+    """The examples of `run` on the photos of `dataset` that have a tree (refused ones have none).
+
+    Raises ValueError when no photo has one, or the artifact is damaged.
+    """
+    reader = _reader(trees)
+    image_ids = tuple(image_id for image_id in dataset.image_ids if image_id in reader)
+    if not image_ids:
+        raise ValueError(
+            f"none of the {len(dataset.image_ids)} photos of {dataset.name} has a tree in {trees}; "
+            "its quarantine file says why"
+        )
+    return ExampleStream(dataset, trees, image_ids, run)
+
+
+def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """The random stream of (seed, purpose, number): independent of all others."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, purpose, number))))
+
+
+@functools.lru_cache(maxsize=1)  # a process makes examples of one run at a time
+def _reader(trees: Storage) -> TreeReader:
+    return TreeReader(trees)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return generator(seed, ORDER, epoch).permutation(count)
+
+
+# -- augmentation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the pixels of a crop come from."""
+
+    to_source: np.ndarray  # float64 [2, 3]: centre of a crop pixel -> centre of a photo pixel, both (x, y) from 0
+    size: int  # pixels: side of the crop
+    rows: slice  # of the crop, that the moved photo's frame covers; the rest is padding
+    columns: slice
+
+    def move_mask(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mask, inside), both bool [size, size]: the nearest pixel of a mask [H, W]; which pixels show the photo."""
+        labels = self._warp(mask.astype(np.uint8) + np.uint8(1), cv2.INTER_NEAREST, cv2.BORDER_CONSTANT)
+        return labels == 2, labels > 0
+
+    def move_image(self, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """uint8 [size, size, 3]: a photo [H, W, 3], bilinear; black outside."""
+        # Borders repeat so that they do not fade into the black around them; `inside` cuts where the mask is cut.
+        crop = self._warp(image, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
+        return cv2.copyTo(crop, inside.view(np.uint8))
+
+    def _warp(self, pixels: np.ndarray, interpolation: int, border: int) -> np.ndarray:
+        crop = np.zeros((self.size, self.size, *pixels.shape[2:]), pixels.dtype)
+        window = self.to_source @ _translation(self.columns.start, self.rows.start)
+        width, height = self.columns.stop - self.columns.start, self.rows.stop - self.rows.start
+        flags = interpolation | cv2.WARP_INVERSE_MAP
+        crop[self.rows, self.columns] = cv2.warpAffine(
+            pixels, window, (width, height), flags=flags, borderMode=border, borderValue=0
+        )
+        return crop
+
+
+def augment(
+    image: np.ndarray, mask: np.ndarray, size: int, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(crop uint8 [size, size, 3], mask bool [size, size]) of a photo uint8 [H, W, 3] and a mask bool [H, W].
+
+    A crop that has lost the object is drawn again, but kept with probability `keep_background_probability`. Only then
+    is an object smaller than `min_object_area` pixels removed (RITM), so background samples can come from both.
+    """
+    height, width = mask.shape
+    for _ in range(MAX_AUGMENTATIONS):
+        geometry = draw_geometry(height, width, size, config, rng)
+        moved, inside = geometry.move_mask(mask)
+        if moved.any() or rng.random() < config.keep_background_probability:
+            break
+    crop = cv2.LUT(geometry.move_image(image, inside), draw_colors(config, rng)[None])
+    if np.count_nonzero(moved) < config.min_object_area:
+        moved = np.zeros_like(moved)
+    return crop, moved
+
+
+def draw_geometry(height: int, width: int, size: int, config: AugmentConfig, rng: np.random.Generator) -> Geometry:
+    """Rescale, flip, turn by quarters, shift and rotate a little, pad to `size` and crop, in this order."""
+    scale = rng.uniform(config.scale_min, config.scale_max)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))  # of the moved photo
+    forward = np.diag([w / width, h / height, 1.0])
+    if rng.random() < config.flip_probability:
+        flip_x, flip_y = ((True, False), (False, True), (True, True))[rng.integers(3)]
+        forward = _flip(w, h, flip_x, flip_y) @ forward
+    if rng.random() < config.rotate90_probability:
+        for _ in range(rng.integers(4)):
+            forward = np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, w], [0.0, 0.0, 1.0]]) @ forward  # like numpy.rot90
+            w, h = h, w
+    if rng.random() < config.shift_rotate_probability:
+        degrees = rng.uniform(-config.rotate_limit, config.rotate_limit)
+        dx, dy = rng.uniform(-config.shift_limit, config.shift_limit, size=2)
+        forward = _translation(dx * w, dy * h) @ _rotation(math.radians(degrees), w / 2, h / 2) @ forward
+    # Where the moved photo begins in the crop: padding is split evenly, a crop position is uniform.
+    x, y = ((size - side) // 2 if side < size else -int(rng.integers(side - size + 1)) for side in (w, h))
+    forward = _translation(x, y) @ forward
+    centres = _translation(-0.5, -0.5) @ np.linalg.inv(forward) @ _translation(0.5, 0.5)
+    rows, columns = (slice(max(0, at), min(size, at + side)) for at, side in ((y, h), (x, w)))
+    return Geometry(centres[:2], size, rows, columns)
+
+
+def draw_colors(config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Brightness and contrast, then a shift per channel, as a table: uint8 [256, 3], old level -> new level."""
+    levels = np.repeat(np.arange(256.0)[:, None], 3, axis=1)
+    if rng.random() < config.brightness_contrast_probability:
+        contrast = rng.uniform(config.contrast_min, config.contrast_max)
+        brightness = rng.uniform(-config.brightness_limit, config.brightness_limit)
+        levels = np.clip(levels * (1 + contrast) + 255 * brightness, 0, 255)
+    if rng.random() < config.rgb_shift_probability:
+        levels = levels + rng.uniform(-config.rgb_shift_limit, config.rgb_shift_limit, size=3)
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+def _translation(dx: float, dy: float) -> np.ndarray:
+    return np.array([[1.0, 0.0, dx], [0.0, 1.0, dy], [0.0, 0.0, 1.0]])
+
+
+def _rotation(angle: float, x: float, y: float) -> np.ndarray:
+    """By `angle` radians about (x, y)."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return _translation(x, y) @ np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]]) @ _translation(-x, -y)
+
+
+def _flip(width: int, height: int, flip_x: bool, flip_y: bool) -> np.ndarray:
+    x = (-1.0, width) if flip_x else (1.0, 0.0)
+    y = (-1.0, height) if flip_y else (1.0, 0.0)
+    return np.array([[x[0], 0.0, x[1]], [0.0, y[0], y[1]], [0.0, 0.0, 1.0]])

@@ -1,0 +1,1 @@
+"""The click protocol: simulated user, predictor and the number of clicks (NoC)."""

@@ -1,0 +1,172 @@
+"""The number-of-clicks protocol: a simulated user clicks every object of a benchmark until its IoU is good enough.
+
+The published evaluators take one object at a time. Here up to `batch` objects, also of different photos, are under way
+together, and a new one starts as soon as one is done; clicks and order of the rows are those of one at a time.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mis_platform.config import EvalConfig, fingerprint, plain
+from mis_platform.errors import DataError
+from mis_platform.evaluation.clicks import iou, next_click
+from mis_platform.evaluation.session import Network, Session, advance, probability, upload
+from mis_platform.simulation.clicks import Click
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]  # dataset, image_id, object_id, click (from 1), y, x (pixels), positive, iou, ms
+
+
+class Sample(NamedTuple):
+    """One benchmark photo with its objects."""
+
+    dataset: str
+    image_id: str
+    image: np.ndarray  # uint8 [H, W, 3], RGB
+    objects: Sequence[tuple[str, np.ndarray]]  # (object_id, int8 [H, W]: 1 object, 0 background, -1 ignore)
+
+
+class Excluded(NamedTuple):
+    """An object that cannot be scored."""
+
+    dataset: str
+    image_id: str
+    object_id: str
+    reason: str
+
+
+def log_excluded(excluded: Excluded) -> None:
+    logger.warning("%s: photo %s, object %s is not scored: %s", *excluded)
+
+
+def evaluate(
+    network: Network,
+    samples: Iterable[Sample],
+    config: EvalConfig,
+    *,
+    zoom_size: int,
+    batch: int,
+    device: torch.device | str = "cpu",
+    on_excluded: Callable[[Excluded], None] = log_excluded,
+) -> Iterator[Row]:
+    """One row per simulated click, object after object in the order of `samples`, whatever `batch` is.
+
+    A session ends at `config.target_iou` (unless `config.fixed_clicks`) or after `config.max_clicks`; a model that does
+    not react ends there too. Objects without a pixel of their own go to `on_excluded` instead. Samples are drawn only
+    when there is room for another object, and a photo is uploaded once for all its objects. `ms` is the click's share
+    of the wall time of its round, reading and simulated user included, so that the sum over all rows is the time taken.
+
+    network: in eval mode, on `device`, its position embedding already fitting `zoom_size` (pixels). batch: objects
+    under way together, >= 1. Raises ValueError for a network in training mode, DataError for a malformed sample or a
+    network that answers NaN.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 object, not {batch}")
+    if getattr(network, "training", False):
+        raise ValueError("the network is in training mode; call network.eval() first")
+    waiting = enumerate(_objects(samples, device, on_excluded))
+    active: list[_Object] = []
+    done: dict[int, list[Row]] = {}  # finished before an earlier object was
+    turn = 0
+    while True:
+        started = time.perf_counter()
+        active += [replace(each, order=order) for order, each in islice(waiting, batch - len(active))]
+        if not active:
+            return
+        active = _click_once(network, active, config, zoom_size)
+        share = 1000 * (time.perf_counter() - started) / len(active)
+        active = [replace(each, ms=(*each.ms, share)) for each in active]
+        done |= {each.order: each.rows() for each in active if _finished(each, config)}
+        active = [each for each in active if not _finished(each, config)]
+        while turn in done:
+            yield from done.pop(turn)
+            turn += 1
+
+
+def protocol_fingerprint(config: EvalConfig, zoom_size: int) -> str:
+    """Sixteen hexadecimal digits that name the protocol: scores with different ones must not share a table."""
+    settings = {name: value for name, value in plain(config).items() if name not in ("zoom_size", "davis_zoom_size")}
+    rules = {
+        "settings": settings,
+        "zoom_size": zoom_size,
+        "click": "precise L2 transform, frame is border, clicked pixels removed, ties negative, first in row order",
+        "feedback": "soft previous answer, mean of flipped logits, zero outside the window",
+        "iou": "ignored pixels in neither term, float32",
+        "empty objects": "excluded",
+        "failures": "count as max_clicks",
+    }
+    return fingerprint(rules)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object on its way through the protocol."""
+
+    dataset: str
+    image_id: str
+    object_id: str
+    target: np.ndarray  # int8 [H, W]
+    prediction: np.ndarray  # bool [H, W]
+    session: Session
+    ious: tuple[np.float32, ...] = ()
+    ms: tuple[float, ...] = ()
+    order: int = -1
+
+    def rows(self) -> list[Row]:
+        name = {"dataset": self.dataset, "image_id": self.image_id, "object_id": self.object_id}
+        return [
+            {**name, "click": number, "y": click.y, "x": click.x, "positive": click.positive, "iou": score, "ms": ms}
+            for number, (click, score, ms) in enumerate(zip(self.session.clicks, self.ious, self.ms, strict=True), 1)
+        ]
+
+
+def _objects(
+    samples: Iterable[Sample], device: torch.device | str, on_excluded: Callable[[Excluded], None]
+) -> Iterator[_Object]:
+    """The objects that can be scored, not yet clicked."""
+    for sample in samples:
+        where = f"{sample.dataset}: photo {sample.image_id}"
+        try:
+            image = upload(sample.image, device)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from None
+        for object_id, mask in sample.objects:
+            target = _checked(mask, sample.image.shape[:2], f"{where}, object {object_id}")
+            if (target == 1).any():
+                prediction = np.zeros(target.shape, bool)
+                yield _Object(sample.dataset, sample.image_id, object_id, target, prediction, Session(image))
+            else:
+                reason = "no pixel of the object" + (", only ignored ones" if (target == -1).any() else "")
+                on_excluded(Excluded(sample.dataset, sample.image_id, object_id, reason))
+
+
+def _checked(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+    if mask.shape != shape:
+        raise DataError(f"{where}: the mask is {list(mask.shape)} pixels, the photo {list(shape)}")
+    if mask.min() < -1 or mask.max() > 1:
+        raise DataError(f"{where}: a mask holds 1 object, 0 background, -1 ignore; found {np.unique(mask)[:9]}")
+    return mask.astype(np.int8, copy=False)
+
+
+def _click_once(network: Network, active: list[_Object], config: EvalConfig, zoom_size: int) -> list[_Object]:
+    clicks: list[Click] = [next_click(each.target, each.prediction, each.session.clicks) for each in active]
+    sessions = advance(network, [each.session for each in active], clicks, config, zoom_size)
+    masks = [(probability(session) > config.threshold).cpu().numpy() for session in sessions]
+    return [
+        replace(each, session=session, prediction=mask, ious=(*each.ious, iou(each.target, mask)))
+        for each, session, mask in zip(active, sessions, masks)
+    ]
+
+
+def _finished(each: _Object, config: EvalConfig) -> bool:
+    made = len(each.ious)
+    good = made >= config.min_clicks and bool(each.ious[-1] >= np.float32(config.target_iou))
+    return made >= config.max_clicks or (good and not config.fixed_clicks)

@@ -1,0 +1,275 @@
+"""Pictures: what the merge trees look like, what the model answers to clicks, and the curves of the paper's Figure 6.
+
+Every function returns a matplotlib `Figure` that belongs to nobody else: no pyplot, no global state, no display.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from mis_platform.simulation.clicks import Click
+from mis_platform.simulation.tree import MergeTree
+
+DPI = 150
+PANEL = 3.2  # inches, longer side of one photo
+COLUMNS = 3
+POSITIVE, NEGATIVE, MASK, TRUTH = "#00a651", "#e3242b", "#ffd400", "white"
+# Okabe and Ito's colours, which survive colour blindness; markers and dashes survive black-and-white print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "black")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+# -- merge trees -----------------------------------------------------------------------------------------------------
+
+
+def regions_at(tree: MergeTree, count: int) -> np.ndarray:
+    """The patches when `count` regions are left: int32 [grid_height, grid_width], labels 0 to count-1.
+
+    That is the state of the bottom-up merging (Algorithm 1) before its last count-1 merges. Raises ValueError unless
+    1 <= count <= number of patches.
+    """
+    leaves = tree.grid[0] * tree.grid[1]
+    if not 1 <= count <= leaves:
+        raise ValueError(f"a tree over {leaves} patches has 1 to {leaves} regions, not {count}")
+    label = np.full(2 * leaves - 1, -1, np.int32)
+    used = 0
+    for merge in range(leaves - count - 1, -1, -1):  # the newest merge first: parents hand their label down
+        node = leaves + merge
+        if label[node] < 0:
+            label[node] = used
+            used += 1
+        label[tree.children[merge]] = label[node]
+    alone = label[:leaves] < 0
+    label[:leaves][alone] = np.arange(used, used + alone.sum(), dtype=np.int32)
+    return label[:leaves].reshape(tree.grid)
+
+
+def merge_levels(image: np.ndarray, tree: MergeTree, levels: Sequence[int] = (2, 4, 8, 16, 32)) -> Figure:
+    """The photo, then its regions at each level of the tree, filled with their mean colours and outlined.
+
+    image: uint8 [H, W, 3]; levels: numbers of regions; those above the number of patches are left out.
+    """
+    levels = [level for level in levels if level <= tree.grid[0] * tree.grid[1]]
+    figure, axes = _panels(1 + len(levels), image.shape[0], image.shape[1])
+    axes[0].imshow(image)
+    axes[0].set_title("photo")
+    for panel, level in zip(axes[1:], levels):
+        grid = regions_at(tree, level)
+        labels = cv2.resize(grid, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
+        panel.imshow(_fill_with_mean(image, labels))
+        _outline_regions(panel, grid, image.shape[0], image.shape[1])
+        panel.set_title(f"{level} regions")
+    return figure
+
+
+def _fill_with_mean(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]: every region in the mean colour of its pixels."""
+    flat = labels.ravel()
+    counts = np.maximum(np.bincount(flat), 1)
+    means = [np.bincount(flat, weights=image[..., channel].ravel()) / counts for channel in range(3)]
+    return np.stack(means, axis=1).round().astype(np.uint8)[labels]
+
+
+def _outline_regions(panel: Axes, grid: np.ndarray, height: int, width: int) -> None:
+    """Lines along the patch borders between different labels, in pixels of the image."""
+    rows, cols = grid.shape
+    y = np.arange(rows + 1) * height / rows - 0.5
+    x = np.arange(cols + 1) * width / cols - 0.5
+    xs: list[float] = []
+    ys: list[float] = []
+    for col, start, end in _runs((grid[:, 1:] != grid[:, :-1]).T):
+        xs += [x[col + 1], x[col + 1], math.nan]
+        ys += [y[start], y[end], math.nan]
+    for row, start, end in _runs(grid[1:] != grid[:-1]):
+        xs += [x[start], x[end], math.nan]
+        ys += [y[row + 1], y[row + 1], math.nan]
+    for colour, line_width in (("0.1", 2.2), ("white", 1.0)):  # a dark rim, so that it is seen on any ground
+        panel.plot(xs, ys, color=colour, linewidth=line_width, solid_capstyle="projecting", snap=False)
+
+
+def _runs(edges: np.ndarray) -> list[tuple[int, int, int]]:
+    """(line, start, end) of every unbroken run of True along the lines of a bool [lines, length]."""
+    change = np.diff(np.pad(edges, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    lines, starts = np.nonzero(change == 1)
+    ends = np.nonzero(change == -1)[1]  # as many in each line, in the same order
+    return list(zip(lines.tolist(), starts.tolist(), ends.tolist()))
+
+
+# -- clicks ----------------------------------------------------------------------------------------------------------
+
+
+def clicks_and_masks(
+    image: np.ndarray,
+    target: np.ndarray,
+    clicks: Sequence[Click],
+    masks: Sequence[np.ndarray],
+    ious: Sequence[float],
+    shown: Sequence[int] = (1, 3, 5, 10, 20),
+) -> Figure:
+    """The object, then the model's answer after some of the clicks (the paper's Figures 5 and 7).
+
+    image: uint8 [H, W, 3]; target: int8 [H, W] in {1, 0, -1 ignored}; masks[k]: bool [H, W] and ious[k] after click
+    k+1; shown: numbers of clicks, and the last click is always shown. Raises ValueError if the lengths differ.
+    """
+    if not len(clicks) == len(masks) == len(ious) >= 1:
+        raise ValueError(f"{len(clicks)} clicks, {len(masks)} masks, {len(ious)} IoUs; each click needs one of both")
+    counts = sorted({count for count in shown if count < len(clicks)} | {len(clicks)})
+    figure, axes = _panels(1 + len(counts), image.shape[0], image.shape[1], legend=True)
+    axes[0].imshow(_highlight(image, target == 1))
+    _outline(axes[0], target == 1, TRUTH, "-")
+    axes[0].set_title("object")
+    for panel, count in zip(axes[1:], counts):
+        panel.imshow(_highlight(image, masks[count - 1]))
+        _outline(panel, target == 1, TRUTH, (0, (2, 1.5)))
+        _outline(panel, masks[count - 1], MASK, "-")
+        _dots(panel, clicks[:count])
+        panel.set_title(f"{count} click{'s' if count > 1 else ''}, IoU {ious[count - 1]:.3f}")
+    look: dict[str, Any] = {"facecolor": "0.2", "edgecolor": "none", "labelcolor": "white", "fontsize": 8}
+    figure.legend(handles=_click_legend(), loc="lower center", ncols=min(4, len(axes)), **look)
+    return figure
+
+
+def _highlight(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The photo, darkened and grey outside the mask."""
+    grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    return np.where(mask[..., None], image, (0.45 * grey).astype(np.uint8))
+
+
+def _outline(panel: Axes, mask: np.ndarray, colour: str, dashes: object) -> None:
+    if mask.any():  # the frame of zeros closes outlines at the border
+        height, width = mask.shape
+        panel.contour(
+            np.arange(-1, width + 1),
+            np.arange(-1, height + 1),
+            np.pad(mask, 1).astype(np.float32),
+            levels=[0.5],
+            colors=[colour],
+            linewidths=1.2,
+            linestyles=[dashes],
+        )
+
+
+def _dots(panel: Axes, clicks: Sequence[Click]) -> None:
+    for positive, colour, marker in ((True, POSITIVE, "o"), (False, NEGATIVE, "X")):
+        chosen = [click for click in clicks if click.positive == positive]
+        x, y = [click.x for click in chosen], [click.y for click in chosen]
+        panel.plot(x, y, marker, color=colour, markersize=6, markeredgecolor="white", markeredgewidth=0.9)
+
+
+def _click_legend() -> list[Line2D]:
+    dot: dict[str, Any] = {"linestyle": "none", "markersize": 6, "markeredgecolor": "white"}
+    return [
+        Line2D([], [], color=POSITIVE, marker="o", label="positive click", **dot),
+        Line2D([], [], color=NEGATIVE, marker="X", label="negative click", **dot),
+        Line2D([], [], color=MASK, label="the model's mask"),
+        Line2D([], [], color=TRUTH, linestyle=(0, (2, 1.5)), label="the object"),
+    ]
+
+
+# -- curves ----------------------------------------------------------------------------------------------------------
+
+
+def iou_curve(
+    curves: Mapping[str, Sequence[float] | np.ndarray],
+    thresholds: Sequence[float] = (0.85, 0.90),
+    bands: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Figure:
+    """Mean IoU over the number of clicks, one line a label (the paper's Figure 6).
+
+    curves: label -> mean IoU in [0, 1] after click 1, 2, ...; thresholds: dotted lines; bands: label -> lower and upper
+    limit at each click. The label of the vertical axis says where it starts if that is not 0.
+    """
+    figure = Figure(figsize=(6, 4.2), layout="constrained", dpi=DPI)
+    panel = figure.add_subplot()
+    for (label, values), colour, marker, dash in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
+        clicks = np.arange(1, len(values) + 1)
+        panel.plot(clicks, values, color=colour, marker=marker, linestyle=dash, markersize=4.5, label=label)
+        if bands and label in bands:
+            panel.fill_between(clicks, *bands[label], color=colour, alpha=0.15, linewidth=0)
+    for threshold in thresholds:
+        panel.axhline(threshold, color="0.45", linestyle=":", linewidth=1)
+        panel.annotate(
+            f"{threshold:.0%}", (1, threshold), (-2, 2), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", fontsize=8, color="0.35",
+        )  # fmt: skip
+    lowest = min((float(np.nanmin(values)) for values in curves.values()), default=0.0)
+    start = max(0.0, math.floor(lowest * 10 - 0.5) / 10)
+    panel.set_ylim(start, 1.0)
+    longest = max(map(len, curves.values()), default=1)
+    panel.set_xticks(range(1, longest + 1) if longest <= 10 else [1, *range(5, longest + 1, 5)])
+    panel.set_xlabel("number of clicks")
+    panel.set_ylabel("mean IoU" + (f" (axis starts at {start:.1f})" if start > 0 else ""))
+    panel.grid(alpha=0.25)
+    panel.legend(loc="best")
+    return figure
+
+
+def loss_curve(history: Iterable[tuple[int, Mapping[str, float]]]) -> Figure:
+    """Everything a training logged over its steps, one panel a quantity: each value, and their running mean.
+
+    history: (step, name -> value). Raises ValueError when nothing was logged.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, values in history:
+        for name, value in values.items():
+            curves.setdefault(name, []).append((step, value))
+    if not curves:
+        raise ValueError("the training has logged nothing yet")
+    columns = len(curves) if len(curves) <= 3 else math.ceil(len(curves) / 2)
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained", dpi=DPI)
+    for number, (name, points) in enumerate(curves.items(), 1):
+        panel = figure.add_subplot(rows, columns, number)
+        steps, values = np.array(points, float).T
+        panel.plot(steps, values, color=COLOURS[0], alpha=0.35, linewidth=0.8)
+        panel.plot(steps, _running_mean(values), color=COLOURS[0], linewidth=1.6)
+        panel.set_title(name.replace("_", " "), fontsize=10)
+        panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.grid(alpha=0.25)
+    return figure
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a twentieth of the curve, shorter at its ends."""
+    window = np.ones(max(1, len(values) // 20))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+# -- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _panels(count: int, height: int, width: int, legend: bool = False) -> tuple[Figure, list[Axes]]:
+    """A grid of `count` panels for photos of height x width pixels, and room for a legend below."""
+    columns = min(count, COLUMNS)
+    rows = math.ceil(count / columns)
+    scale = PANEL / max(height, width)
+    size = (columns * (width * scale + 0.1), rows * (height * scale + 0.35) + 0.3 * legend)
+    figure = Figure(figsize=size, dpi=DPI)
+    axes = []
+    for number in range(count):
+        panel = figure.add_subplot(rows, columns, number + 1)
+        panel.set_axis_off()
+        panel.set_anchor("N")
+        axes.append(panel)
+        panel.title.set_fontsize(10)
+    bottom = 0.3 * legend / size[1]
+    figure.subplots_adjust(0.01, bottom + 0.01, 0.99, 1 - 0.3 / size[1], wspace=0.03, hspace=0.35 / (height * scale))
+    return figure, axes

@@ -1,0 +1,184 @@
+"""What the commands do: stages, with the record in MLflow around them.
+
+One MLflow run is one model under one click protocol: training fills in the losses, each evaluation its scores and
+pictures. The same model and protocol always find the same MLflow run again.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from mis_platform import figures, pipeline, report, tracking
+from mis_platform.artifacts import MANIFEST, Stage, ensure, read_manifest, sha256
+from mis_platform.config import Resources, Run, build, fingerprint, flatten, plain
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.images import read_image
+from mis_platform.errors import DataError
+from mis_platform.evaluation.predictor import Predictor
+from mis_platform.model.weights import read_config
+from mis_platform.stages.cluster import cluster
+from mis_platform.storage import Storage
+
+EXPERIMENT = "mis"
+TARGETS = (0.80, 0.85, 0.90, 0.95)  # IoU
+PICTURES = 4  # objects drawn for each benchmark: the easiest, the hardest and two between
+
+
+def train(photos: Dataset, run: Run, resources: Resources, root: Storage, experiment: str = EXPERIMENT) -> Storage:
+    """The directory of the trained model; trees and training are only made where they are missing."""
+    stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: log(step, metrics))
+    with _record(root, experiment, title(run), stage.fingerprint, run, resources) as tracker:
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
+
+        tracker.log_dataset(photos.name, photos.digest(), str(photos.root), "training")
+        directory = finish(stage, root)
+        history = report.read_history(directory)
+        for step, metrics in history:  # what a process that was killed after its last step had no time to say
+            log(step, metrics)
+        tracker.log_figure(figures.loss_curve(history), "figures/loss.png")
+        tracker.set_model(directory)
+    return directory
+
+
+def evaluate(
+    benchmarks: Sequence[Dataset],
+    model: Storage,
+    run: Run,
+    resources: Resources,
+    root: Storage,
+    experiment: str = EXPERIMENT,
+    name: str | None = None,
+) -> list[report.Score]:
+    """Scores of a saved model on each benchmark, in MLflow too: `grabcut/noc85`, `grabcut/iou` by clicks, pictures.
+
+    run: only its `eval` settings are used; the others are those that the model was trained with.
+    """
+    for benchmark in benchmarks:
+        _require_masks(benchmark)
+    trained = trained_with(model, run)
+    name = name or title(trained)
+    scores = []
+    with _record(root, experiment, name, model_fingerprint(model), trained, resources) as tracker:
+        for benchmark in benchmarks:
+            clicks = finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
+            score = report.read_score(clicks, name)
+            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+            _log_score(tracker, score, clicks)
+            _draw_objects(tracker, benchmark, model, run, clicks)
+            scores.append(score)
+        tracker.log_text(report.summary_table(scores, markdown=True), "noc.md")
+    return scores
+
+
+def score_proposals(
+    benchmarks: Sequence[Dataset], run: Run, resources: Resources, root: Storage, experiment: str = EXPERIMENT
+) -> str:
+    """The table of best overlaps: how well the merge trees could name each benchmark's objects, without training."""
+    for benchmark in benchmarks:
+        _require_masks(benchmark)
+    overlaps: list[tuple[str, dict[str, Any]]] = []
+    name = f"proposals {run.features.extractor}"
+    for benchmark in benchmarks:
+        stage = pipeline.overlap_stage(benchmark, run, resources)
+        with _record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
+            about = read_manifest(finish(stage, root))["summary"]
+            numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
+            tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
+            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+        overlaps.append((benchmark.name, about))
+    return report.overlap_table(overlaps)
+
+
+def finish(stage: Stage, root: Storage) -> Storage:
+    """The directory of the finished stage; Ray is only started if something is missing."""
+    if stage.is_done(root):
+        return ensure(stage, root)
+    with cluster():
+        return ensure(stage, root)
+
+
+def title(run: Run) -> str:
+    """What people call a run: what it was trained on and the settings of the paper's ablations."""
+    source = run.dataset.rstrip("/").rsplit("/", 1)[-1]
+    sampling = f"alpha {run.sampling.alpha:g}" if run.sampling.strategy == "top_down" else "uniform"
+    return f"{run.model.variant} {source} {sampling} lambda {run.train.smooth_weight:g}"
+
+
+def trained_with(model: Storage, run: Run) -> Run:
+    """The settings that a saved model was trained with, under the click protocol of `run`."""
+    if model.local is None or not isinstance(trained := read_config(model.local).get("run"), dict):
+        return run
+    try:
+        return build(Run, {**trained, "eval": plain(run.eval)})
+    except ValueError:  # written by another version: its settings cannot be told
+        return run
+
+
+def model_fingerprint(model: Storage) -> str:
+    """The fingerprint of the training that made a model, or of the weights if they came from elsewhere."""
+    if model.exists(MANIFEST):
+        return str(read_manifest(model)["fingerprint"])
+    return sha256(model.read_bytes("model.safetensors"))[:16]
+
+
+def _record(
+    root: Storage, experiment: str, name: str, model: str, run: Run, resources: Resources
+) -> contextlib.AbstractContextManager[tracking.Tracker]:
+    return tracking.open_run(
+        root,
+        experiment=experiment,
+        name=name,
+        fingerprint=fingerprint({"model": model, "eval": plain(run.eval)}),
+        params=flatten(run) | flatten(resources, "resources."),
+    )
+
+
+def _require_masks(benchmark: Dataset) -> None:
+    if not benchmark.is_labelled:
+        raise DataError(f"{benchmark.name} in {benchmark.root} has no masks; evaluation needs a benchmark with masks")
+
+
+def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) -> None:
+    """NoC and its companions as metrics, and the IoU after each click as a curve over clicks (Figure 6)."""
+    summary, prefix = score.summary, score.summary.dataset
+    metrics = {"objects": summary.objects, "seconds_per_click": summary.seconds_per_click}
+    for target in TARGETS:
+        at, percent = summary.at(target), round(100 * target)
+        if at.noc == at.noc:  # known: sessions did not stop before this target
+            metrics |= {f"noc{percent}": at.noc, f"noc{percent}_low": at.low, f"noc{percent}_high": at.high}
+            metrics |= {f"never{percent}": at.failures, f"at_limit{percent}": at.at_limit}
+    tracker.log_metrics({f"{prefix}/{name}": float(value) for name, value in metrics.items()})
+    curve = report.mean_iou(report.read_table(clicks), summary.max_clicks)
+    tracker.log_curve(f"{prefix}/iou", curve)
+    tracker.log_figure(figures.iou_curve({score.model: curve}), f"figures/{prefix}/iou.png")
+
+
+def _draw_objects(tracker: tracking.Tracker, benchmark: Dataset, model: Storage, run: Run, clicks: Storage) -> None:
+    """Clicks and masks of a few objects, from the easiest to the hardest (the paper's Figure 7)."""
+    if model.local is None:
+        return
+    predictor = Predictor.from_pretrained(
+        model.local, zoom_size=pipeline.zoom_size_of(benchmark, run), config=run.eval
+    )  # fmt: skip
+    for rank, figure in enumerate(draw_objects(benchmark, predictor, clicks)):
+        tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
+
+
+def draw_objects(benchmark: Dataset, predictor: Predictor, clicks: Storage, count: int = PICTURES) -> list[Any]:
+    """Figures of `count` objects, evenly spread from the one that took the fewest clicks to the one that took most."""
+    table = report.read_table(clicks)
+    needed: dict[tuple[str, str], int] = {}
+    for image_id, object_id in zip(table["image_id"].to_pylist(), table["object_id"].to_pylist()):
+        needed[image_id, object_id] = needed.get((image_id, object_id), 0) + 1
+    ranked = sorted(needed, key=lambda key: (needed[key], key))
+    places = sorted({round(k * (len(ranked) - 1) / max(count - 1, 1)) for k in range(count)})
+    return [_draw_object(benchmark, predictor, table, *ranked[place]) for place in places]
+
+
+def _draw_object(benchmark: Dataset, predictor: Predictor, table: Any, image_id: str, object_id: str) -> Any:
+    image = read_image(benchmark.image_path(image_id))
+    target = next(each.mask for each in benchmark.read_objects(image_id) if each.object_id == object_id)
+    made, ious = report.clicks_on(table, image_id, object_id)
+    return figures.clicks_and_masks(image, target, made, report.replay(predictor, image, made), ious)

@@ -1,0 +1,138 @@
+"""A Run as its stages: photos -> trees -> checkpoint -> clicks.
+
+Each function only describes a stage; `artifacts.ensure` runs what is missing. Settings that do not affect a stage are
+not in its identity: four values of alpha share one set of trees.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mis_platform.artifacts import MANIFEST, Stage, read_manifest, sha256
+from mis_platform.config import Resources, Run, plain
+from mis_platform.data.benchmarks import Dataset, open_dataset
+from mis_platform.errors import DataError
+from mis_platform.model.features import weights_digest
+from mis_platform.model.weights import fetch_mae
+from mis_platform.stages import evaluate, initial, precompute, train
+from mis_platform.storage import Storage
+
+OnMetrics = Callable[[int, dict[str, float]], None]
+
+
+def training_photos(run: Run, data_root: Path | None) -> Dataset:
+    return open_dataset(run.dataset, data_root, split="train")
+
+
+def benchmark(spec: str, data_root: Path | None) -> Dataset:
+    return open_dataset(spec, data_root, split="val")
+
+
+def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
+    """Merge trees of all photos of `dataset` (paper section 3.1, bottom-up merging)."""
+    features = plain(run.features) | {"weights": weights_digest(run.features)}
+    return Stage(
+        name="trees",
+        version=precompute.VERSION,
+        config={"dataset": dataset.digest(), "data": plain(run.data), "features": features},
+        run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out),
+    )
+
+
+def checkpoint_stage(dataset: Dataset, run: Run, resources: Resources, on_metrics: OnMetrics) -> Stage:
+    """A click model trained on simulated interactions (paper section 3.2). on_metrics: called with step and losses."""
+    groups = ("sampling", "clicks", "augment", "train")
+    return Stage(
+        name="checkpoint",
+        version=train.VERSION,
+        config={name: plain(getattr(run, name)) for name in groups} | {"model": _model_identity(run)},
+        inputs={"trees": trees_stage(dataset, run, resources)},
+        run=lambda inputs, out: train.train(dataset, run, inputs["trees"], resources, out, on_metrics),
+    )
+
+
+def initial_stage(run: Run) -> Stage:
+    """The model as it is before its first training step: the untrained row of a comparison."""
+    return Stage(
+        name="initial",
+        version=initial.VERSION,
+        config={"model": _model_identity(run), "seed": run.train.seed},
+        run=lambda inputs, out: initial.write_initial_model(run, out),
+    )
+
+
+def clicks_stage(dataset: Dataset, run: Run, resources: Resources, model: Stage | Storage) -> Stage:
+    """Every click of the robot on every object of a benchmark. model: a stage, or a directory with a saved model."""
+    zoom_size = zoom_size_of(dataset, run)
+    config: dict[str, Any] = {"dataset": dataset.digest(masks=True), "eval": plain(run.eval), "zoom_size": zoom_size}
+    evaluate_on = functools.partial(evaluate.evaluate_model, dataset)
+    if isinstance(model, Stage):
+        return Stage(
+            name=f"clicks/{dataset.name}",
+            version=evaluate.VERSION,
+            config=config,
+            inputs={"model": model},
+            run=lambda inputs, out: evaluate_on(inputs["model"], run.eval, zoom_size, resources, out),
+        )
+    return Stage(
+        name=f"clicks/{dataset.name}",
+        version=evaluate.VERSION,
+        config=config | {"model": sha256(model.read_bytes("model.safetensors"))},
+        run=lambda inputs, out: evaluate_on(model, run.eval, zoom_size, resources, out),
+    )
+
+
+def overlap_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
+    """The best IoU that any node of the trees reaches on each benchmark object: proposal quality without training."""
+    return Stage(
+        name=f"overlap/{dataset.name}",
+        version=evaluate.VERSION,
+        config={"dataset": dataset.digest(masks=True)},
+        inputs={"trees": trees_stage(dataset, run, resources)},
+        run=lambda inputs, out: evaluate.evaluate_proposals(dataset, inputs["trees"], resources, out),
+    )
+
+
+def zoom_size_of(dataset: Dataset, run: Run) -> int:
+    """Pixels of the zoomed-in crop: DAVIS has its own (SimpleClick's evaluation)."""
+    return run.eval.davis_zoom_size if dataset.name == "davis" else run.eval.zoom_size
+
+
+def find_model(root: Storage, text: str) -> Storage:
+    """A saved model: a directory, the first digits of a checkpoint's fingerprint, or "latest".
+
+    Raises DataError that lists what there is.
+    """
+    if text != "latest" and Storage(text).exists("model.safetensors"):
+        return Storage(text)
+    shelf = root.child("checkpoint")
+    finished = [name for name in shelf.names() if shelf.exists(f"{name}/{MANIFEST}")]
+    if text == "latest" and finished:
+        return shelf.child(max(finished, key=lambda name: _created(shelf.child(name))))
+    matching = [name for name in finished if name.startswith(text)]
+    if len(matching) == 1:
+        return shelf.child(matching[0])
+    if not finished:
+        raise DataError(f"there is no trained model under {root}; run `mis train` first, or pass --model DIRECTORY")
+    raise DataError(f"no single model is called {text!r}; under {shelf} there are: {', '.join(finished)}")
+
+
+def _created(directory: Storage) -> str:
+    return str(read_manifest(directory)["information"]["created"])
+
+
+def _model_identity(run: Run) -> dict[str, Any]:
+    """The model's settings, with the content of its MAE weights in place of their path; missing weights show here."""
+    settings = plain(run.model)
+    if run.model.init == "mae":
+        path = fetch_mae(run.model.variant) if run.model.init_weights is None else Path(run.model.init_weights)
+        settings["init_weights"] = _file_digest(path)
+    return settings
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return sha256(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read model.init_weights={path}: {error.strerror}") from None

@@ -1,0 +1,132 @@
+"""The whole method in five minutes on two cores: `mis quickstart`.
+
+Photographs that scikit-image and scikit-learn carry in their wheels, a small benchmark with exact masks made from them,
+merge trees, a short training, the scores of the untrained and of the trained model, pictures, all of it in MLflow. It
+is a demonstration: SimpleClick's smallest model, trained from scratch for minutes on a handful of photos.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from mis_platform import figures, jobs, pipeline, report
+from mis_platform.config import Resources, Run, override
+from mis_platform.data import synthetic
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.images import read_image
+from mis_platform.data.trees import TreeReader
+from mis_platform.evaluation.predictor import Predictor
+from mis_platform.progress import duration
+from mis_platform.stages.cluster import cluster
+from mis_platform.storage import Storage
+
+PHOTOS, OBJECTS = 36, 16
+EXPERIMENT = "quickstart"
+
+# What fits into minutes on two cores: no weights to load, the smallest model, one attention window, a high rate.
+SETTINGS = [
+    "features.extractor=color_texture",
+    "model.variant=vit_xt",
+    "model.init=random",
+    "model.image_size=224",
+    "eval.zoom_size=224",
+    "eval.davis_zoom_size=224",
+    "train.batch_size=8",
+    "train.learning_rate=5e-4",
+    "train.epochs=80",
+    "train.decay_epochs=[65]",
+]
+RESOURCES = ["batch_per_device=8", "log_every=5", "checkpoint_every=100"]
+
+
+def settings(assignments: list[str]) -> tuple[Run, Resources]:
+    """The quickstart's Run and Resources, with the command line's changes on top."""
+    wide = [text.removeprefix("resources.") for text in assignments if text.startswith("resources.")]
+    deciding = [text for text in assignments if not text.startswith("resources.")]
+    return override(Run(), SETTINGS + deciding), override(Resources(), RESOURCES + wide)
+
+
+def tell(root: Storage, run: Run, resources: Resources) -> None:
+    """Run the story into `root`, a local folder; what an earlier call finished is not done again."""
+    if root.local is None:
+        raise ValueError(f"the quickstart needs a local folder, not {root}")
+    began = time.monotonic()
+    with cluster():
+        photos, benchmark = _step(1, "photos and a benchmark from the wheels", lambda: _material(root.local))
+        run = run.model_copy(update={"dataset": f"folder:{photos.root}"})
+        trees = _step(2, "merge trees", lambda: jobs.finish(pipeline.trees_stage(photos, run, resources), root))
+        untrained = jobs.finish(pipeline.initial_stage(run), root)
+        before = _step(
+            3, "the untrained model", lambda: _score(benchmark, untrained, run, resources, root, "untrained")
+        )
+        trained = _step(4, "training", lambda: jobs.train(photos, run, resources, root, EXPERIMENT))
+        after = _step(5, "the trained model", lambda: _score(benchmark, trained, run, resources, root, "trained"))
+    pictures = _step(6, "pictures", lambda: _draw(root, photos, benchmark, trees, (untrained, trained), run, resources))
+    print(f"\n{report.summary_table([before, after])}\n")
+    print(f"done in {duration(time.monotonic() - began)}; pictures:")
+    print("\n".join(f"  {path}" for path in pictures))
+    print("\nthree things to try next:")
+    print(f"  mis ui --root {root}")
+    print(f"  mis quickstart --root {root} --set sampling.alpha=0.5      # only the second training is new")
+    print("  mis precompute --dataset folder:YOUR_PHOTOS --set features.extractor=color_texture")
+
+
+def _step(number: int, what: str, work):  # type: ignore[no-untyped-def]
+    print(f"[{number}/6] {what}", file=sys.stderr, flush=True)
+    return work()
+
+
+def _material(root: Path) -> tuple[Dataset, Dataset]:
+    """Training photos and the benchmark, written on the first call."""
+    photos, benchmark = root / "photos", root / "benchmark"
+    if not photos.is_dir():
+        synthetic.write_photos(_unfinished(photos), PHOTOS)
+        _unfinished(photos).rename(photos)
+    if not benchmark.is_dir():
+        synthetic.write_benchmark(_unfinished(benchmark), OBJECTS)
+        _unfinished(benchmark).rename(benchmark)
+    return pipeline.open_dataset(f"folder:{photos}"), pipeline.benchmark(f"synthetic:{benchmark}", None)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def _score(
+    benchmark: Dataset, model: Storage, run: Run, resources: Resources, root: Storage, name: str
+) -> report.Score:
+    return jobs.evaluate([benchmark], model, run, resources, root, EXPERIMENT, name)[0]
+
+
+def _draw(
+    root: Storage,
+    photos: Dataset,
+    benchmark: Dataset,
+    trees: Storage,
+    models: tuple[Storage, Storage],
+    run: Run,
+    resources: Resources,
+) -> list[Path]:
+    """The pictures of the story as files under root/pictures."""
+    assert root.local is not None
+    folder = root.local / "pictures"
+    folder.mkdir(exist_ok=True)
+    tables = [
+        report.read_table(jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root))
+        for model in models
+    ]
+    names = ("untrained", "trained")
+    drawn = {"iou.png": figures.iou_curve({name: report.mean_iou(table) for name, table in zip(names, tables)})}
+    reader = TreeReader(trees)
+    for k, image_id in enumerate(photos.image_ids[:3]):
+        drawn[f"merge-levels-{k}.png"] = figures.merge_levels(
+            read_image(photos.image_path(image_id)), reader.tree(image_id)
+        )
+    assert models[1].local is not None
+    predictor = Predictor.from_pretrained(models[1].local, config=run.eval)
+    clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, models[1]), root)
+    for k, figure in enumerate(jobs.draw_objects(benchmark, predictor, clicks)):
+        drawn[f"clicks-{k}.png"] = figure
+    for name, figure in drawn.items():
+        (folder / name).write_bytes(figures.to_png(figure))
+    return [folder / name for name in drawn]

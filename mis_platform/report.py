@@ -1,0 +1,213 @@
+"""From tables of clicks to the numbers people compare: NoC with its uncertainty, beside the paper's.
+
+Reads finished artifacts only; needs neither a GPU nor Ray.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mis_platform.artifacts import read_manifest, sha256
+from mis_platform.config import differences
+from mis_platform.evaluation.noc import Summary, iou_table, summarize
+from mis_platform.simulation.clicks import Click
+from mis_platform.storage import Storage
+
+if TYPE_CHECKING:
+    from mis_platform.evaluation.predictor import Predictor
+
+HISTORY_FILE = "history.jsonl"  # of a checkpoint: one JSON object per logged step
+
+
+class Published(NamedTuple):
+    """A row of the paper's Table 1: MIS with ViT-B, alpha 0.9, lambda 10."""
+
+    noc85: float  # clicks
+    noc90: float
+    objects: int  # of the whole benchmark
+
+
+PAPER = {
+    "grabcut": Published(1.94, 2.32, 50),
+    "berkeley": Published(3.09, 4.58, 100),
+    "sbd": Published(6.91, 9.51, 6671),
+    "davis": Published(6.33, 8.44, 345),
+}
+
+
+class Score(NamedTuple):
+    """One model on one benchmark."""
+
+    model: str  # what people call it
+    summary: Summary
+    protocol: Mapping[str, Any]  # the settings it was scored under, and their `fingerprint`
+    excluded: tuple[str, ...] = ()  # objects that could not be scored
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_table(directory: Storage) -> pa.Table:
+    """All rows of a finished artifact, as its manifest lists them: clicks in the order of the data set.
+
+    Raises ValueError when there is no manifest or a part is missing or altered.
+    """
+    tables = []
+    for part in read_manifest(directory)["parts"]:
+        try:
+            content = directory.read_bytes(part["name"])
+        except FileNotFoundError:
+            raise ValueError(f"part {part['name']} is missing from {directory}") from None
+        if sha256(content) != part["sha256"]:
+            raise ValueError(f"part {part['name']} of {directory} was altered: its SHA-256 is not the manifest's")
+        tables.append(pq.read_table(io.BytesIO(content)).replace_schema_metadata(None))
+    if not tables:
+        raise ValueError(f"{directory} has no rows")
+    return pa.concat_tables(tables)
+
+
+def read_score(directory: Storage, model: str) -> Score:
+    """The scores of a finished `clicks` artifact; model: its name in tables."""
+    about = read_manifest(directory)["summary"]
+    summary = summarize(read_table(directory), max_clicks=about["protocol"]["max_clicks"])
+    return Score(model, summary, about["protocol"], tuple(about["excluded"]))
+
+
+def read_history(directory: Storage) -> list[tuple[int, dict[str, float]]]:
+    """What a training logged: (step, name -> value) in the order of the steps."""
+    rows = [json.loads(line) for line in directory.read_bytes(HISTORY_FILE).decode().splitlines()]
+    return [(row["step"], {name: value for name, value in row.items() if name != "step"}) for row in rows]
+
+
+def mean_iou(table: pa.Table, max_clicks: int = 20) -> np.ndarray:
+    """Mean IoU over objects after click 1, 2, ...: float64 [max_clicks], the curve of the paper's Figure 6.
+
+    A session that stopped at its target keeps its last IoU, as if the user had been content; with
+    `eval.fixed_clicks=true` none stops and the curve is the published evaluators'.
+    """
+    ious = iou_table(table, max_clicks)
+    last = np.isfinite(ious).sum(axis=1) - 1
+    kept = np.where(np.isnan(ious), ious[np.arange(len(ious)), last][:, None], ious)
+    return kept.mean(axis=0, dtype=np.float64)
+
+
+def clicks_on(table: pa.Table, image_id: str, object_id: str) -> tuple[list[Click], list[float]]:
+    """The clicks on one object in their order, and the IoU after each. Raises ValueError if it has none."""
+    rows = [row for row in table.to_pylist() if (row["image_id"], row["object_id"]) == (image_id, object_id)]
+    if not rows:
+        raise ValueError(f"no clicks on object {object_id!r} of photo {image_id!r}")
+    rows.sort(key=lambda row: row["click"])
+    return [Click(row["y"], row["x"], row["positive"]) for row in rows], [row["iou"] for row in rows]
+
+
+def replay(predictor: "Predictor", image: np.ndarray, clicks: Iterable[Click]) -> list[np.ndarray]:
+    """The model's masks, bool [H, W], after each of the recorded clicks. image: uint8 [H, W, 3] RGB."""
+    predictor.set_image(image)
+    return [predictor.click(*click).mask for click in clicks]
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def summary_table(scores: Sequence[Score], markdown: bool = False) -> str:
+    """One line a model and benchmark, the paper's number under each benchmark it has one for; notes below.
+
+    In brackets the 95 % bootstrap interval of the mean over objects; "-" is what early stopping left unknown. Raises
+    ValueError, with what differs, for scores of different protocols.
+    """
+    check_protocols(scores)
+    wide = any(score.protocol["fixed_clicks"] or score.protocol["target_iou"] >= 0.95 for score in scores)
+    targets = (0.80, 0.85, 0.90, 0.95) if wide else (0.80, 0.85, 0.90)
+    header = ["model", "data set", "objects", *(f"NoC@{target:.0%}"[:-1] for target in targets)]
+    header += ["never@90", "s/click"]
+    rows = []
+    for dataset in dict.fromkeys(score.summary.dataset for score in scores):
+        rows += [_cells(score, targets) for score in scores if score.summary.dataset == dataset]
+        if dataset in PAPER:
+            rows.append(_paper_cells(dataset, targets))
+    table = _markdown([header, *rows]) if markdown else _text([header, *rows])
+    notes = _notes(scores)
+    return "\n".join([table, *([""] if notes else []), *notes])
+
+
+def overlap_table(overlaps: Sequence[tuple[str, Mapping[str, Any]]], markdown: bool = False) -> str:
+    """How well merge trees could name the objects. overlaps: (data set, summary of its `overlap` artifact)."""
+    header = ["data set", "objects", "mean best IoU", "median", "above .5", "above .7", "above .85", "left out"]
+    shares = ("share_above_0.5", "share_above_0.7", "share_above_0.85")
+    rows = [
+        [dataset, str(about["objects"]), f"{about['mean_best_overlap']:.3f}", f"{about['median_best_overlap']:.3f}"]
+        + [f"{about[share]:.1%}" for share in shares]
+        + [str(len(about["excluded"]))]
+        for dataset, about in overlaps
+    ]
+    return _markdown([header, *rows]) if markdown else _text([header, *rows])
+
+
+def check_protocols(scores: Sequence[Score]) -> None:
+    """Raises ValueError when two scores were made under different protocols and may not share a table.
+
+    DAVIS alone is scored at another size of the network input than the other benchmarks.
+    """
+    for first, second in combinations(scores, 2):
+        one, other = dict(first.protocol), dict(second.protocol)
+        if (first.summary.dataset == "davis") != (second.summary.dataset == "davis"):
+            for protocol in (one, other):
+                del protocol["zoom_size"], protocol["fingerprint"]
+        if one != other:
+            for protocol in (one, other):
+                protocol.pop("fingerprint", None)
+            changed = list(differences(one, other))
+            raise ValueError(
+                f"{first.model} on {first.summary.dataset} and {second.model} on {second.summary.dataset} were scored "
+                f"under different protocols and do not compare: {'; '.join(changed) or 'rules of another version'}"
+            )
+
+
+def _cells(score: Score, targets: Sequence[float]) -> list[str]:
+    summary = score.summary
+    cells = [score.model, summary.dataset, str(summary.objects)]
+    for target in targets:
+        at = summary.at(target)
+        cells.append("-" if np.isnan(at.noc) else f"{at.noc:.2f} [{at.low:.2f}, {at.high:.2f}]")
+    failures = summary.at(0.90).failures
+    return [*cells, "-" if np.isnan(failures) else f"{failures:.0f}", f"{summary.seconds_per_click:.3f}"]
+
+
+def _paper_cells(dataset: str, targets: Sequence[float]) -> list[str]:
+    paper = PAPER[dataset]
+    known = {0.85: f"{paper.noc85:.2f}", 0.90: f"{paper.noc90:.2f}"}
+    return ["MIS ViT-B (paper)", dataset, str(paper.objects), *(known.get(target, "") for target in targets), "", ""]
+
+
+def _notes(scores: Sequence[Score]) -> list[str]:
+    """What a reader has to know before comparing."""
+    notes = []
+    for score in scores:
+        summary, where = score.summary, f"{score.model} on {score.summary.dataset}"
+        paper = PAPER.get(summary.dataset)
+        if paper and summary.objects + len(score.excluded) != paper.objects:
+            notes.append(
+                f"{where}: {summary.objects} objects, published are {paper.objects}; the paper's row is no peer."
+            )
+        if score.excluded:
+            notes.append(f"{where}: {len(score.excluded)} objects without a pixel are not scored.")
+        if summary.unchanged:
+            notes.append(f"{where}: {summary.unchanged} objects whose mask never changed; the model may be stuck.")
+    return notes
+
+
+def _text(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

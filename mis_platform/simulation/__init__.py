@@ -1,0 +1,1 @@
+"""Interaction simulation (paper section 3.1): merge trees, proposals drawn from them, clicks on proposals."""

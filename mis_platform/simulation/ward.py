@@ -1,0 +1,452 @@
+"""Bottom-up merging: Ward's method on a 4-connected patch grid (Algorithm 1, Equations 1-4).
+
+The two adjacent regions whose union adds least to the summed squared error are merged, until one is left. The order of merges
+is that of a float64 implementation, near-ties included, at the price of float32. Notable choices:
+
+* **Filter and refine.** A cost is known as an interval, and made sharper only if it could be the least one: first bounds
+  from the costs before a merge (no features are read), then float32 centres, then float64 from the patches themselves.
+* **One candidate per region.** The newer region of each adjacent pair owns the pair. A tournament tree over the regions
+  holds the best pair of each; a pair that is gone is noticed when it comes up, and replaced then.
+* **Nothing is allocated while merging.** Pairs are shared by both neighbour lists; a union chains the lists of its parts.
+
+A region is named by its slot, one of its patches, which holds its row of `centres`. A single patch has no centre: its
+features are read where they are.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from mis_platform.simulation.tree import MergeTree
+
+BOUNDED, ROUNDED, EXACT = range(3)  # how well a cost is known: bounds only, float32, float64
+ROUNDOFF = 2.0**-24  # of float32, relative
+LANES = 8  # partial sums that a compiler keeps at least when it vectorises a float32 sum
+ALIGNMENT = 64  # bytes: a cache line, so that no vector load crosses one
+
+_EDGE = np.dtype(
+    [
+        ("lower", np.float64),  # bounds of the cost (Equation 4)
+        ("upper", np.float64),
+        ("ends", np.int32),  # exclusive-or of both slots: with one of them it gives the other
+        ("owner", np.int32),  # slot of the newer region, -1 for an edge that is gone
+        ("level", np.int32),  # BOUNDED, ROUNDED or EXACT
+    ],
+    align=True,
+)
+_REGION = np.dtype(
+    [
+        ("size", np.float64),  # patches
+        ("error", np.float64),  # bound on the distance between the float32 centre and the true one
+        ("second", np.float64),  # second-least lower bound of the edges it owns
+        ("best", np.int32),  # edge with the least one
+        ("node", np.int32),  # in the tree
+        ("row", np.int32),  # its centre: a row of the features for a patch, of `centres` for a union
+        ("first", np.int32),  # its list of entries; entries 2e and 2e+1 stand for edge e, one in each list
+        ("last", np.int32),
+        ("next_patch", np.int32),  # chain of the patches of a region, starting at its slot
+        ("last_patch", np.int32),
+        ("mark", np.int32),  # while two regions merge: the edge to the older of the two, else -1
+    ],
+    align=True,
+)
+# Binary tree in an array: place i has children 2i and 2i+1, slot s sits at half its length + s, the winner at 1.
+_MATCH = np.dtype([("key", np.float64), ("slot", np.int32)], align=True)  # least lower bound below, and whose it is
+
+# No reference counts inside: all arrays belong to `merge`, and counting would cost a tenth of the time.
+_kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+_sum_kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False, fastmath={"reassoc", "contract"})
+
+
+def merge(features: np.ndarray, grid: tuple[int, int] | None = None) -> MergeTree:
+    """The merge tree of patch features (Algorithm 1).
+
+    features: float32 [N, C] in row-major order of the patches, or [grid_height, grid_width, C]; finite and below 1e18.
+    grid: (height, width) in patches; may be left out for three-dimensional features.
+    Equal costs: the pair whose newer node is older goes first, then the one whose older node is.
+    Raises ValueError for a shape that does not fit the grid and for NaN or infinite features.
+    """
+    features, grid = _checked(features, grid)
+    count, dimensions = features.shape
+    num_edges = 2 * count - grid[0] - grid[1]
+    edges, following = np.zeros(num_edges, _EDGE), np.full(2 * num_edges, -1, np.int32)
+    regions, tournament = np.zeros(count, _REGION), np.zeros(2 << (count - 1).bit_length(), _MATCH)
+    _lay_grid(edges, following, regions, *grid)
+    centres, scratch = _aligned_empty(max(count // 2, 1), dimensions), np.empty(dimensions)
+    radius = _evaluate_patches(features, centres, edges, following, regions, tournament)
+    if not np.isfinite(radius):
+        raise ValueError("features must be finite and below 1e18 in magnitude; they contain NaN, infinite or huge values")
+    children, costs = np.empty((count - 1, 2), np.int32), np.empty(count - 1, np.float32)
+    _merge_all(features, centres, edges, following, regions, tournament, radius, scratch, children, costs)
+    return MergeTree(children=children, costs=costs, grid=grid)
+
+
+def warm_up() -> None:
+    """Compile (or load from numba's cache) what `merge` needs, so that the first photo is as fast as the others."""
+    merge(np.arange(12, dtype=np.float32).reshape(2, 3, 2) ** 2)
+
+
+def _checked(features: np.ndarray, grid: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+    features = np.asarray(features)
+    if features.ndim == 3:
+        grid = grid if grid is not None else (features.shape[0], features.shape[1])
+        if grid != features.shape[:2]:
+            raise ValueError(f"features of shape {features.shape} do not lie on a {grid[0]}x{grid[1]} grid")
+        features = features.reshape(-1, features.shape[2])
+    if features.ndim != 2 or grid is None:
+        raise ValueError(f"features must be [N, C] with a grid, or [height, width, C]; got shape {features.shape}")
+    if len(features) != grid[0] * grid[1] or features.size == 0:
+        raise ValueError(f"a {grid[0]}x{grid[1]} grid needs one feature row per patch, got shape {features.shape}")
+    return np.require(features, np.float32, ["C", "W"]), (int(grid[0]), int(grid[1]))
+
+
+def _aligned_empty(rows: int, columns: int) -> np.ndarray:
+    """Uninitialised float32 [rows, columns] that starts on a cache line."""
+    size = rows * columns * 4
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(np.float32).reshape(rows, columns)
+
+
+@_kernel
+def _lay_grid(edges: np.ndarray, following: np.ndarray, regions: np.ndarray, height: int, width: int) -> None:
+    """One region per patch and one edge per pair of 4-neighbours, owned by the later patch."""
+    edge = 0
+    for slot in range(height * width):
+        region = regions[slot]
+        region.size = 1
+        region.node = region.row = region.last_patch = slot
+        region.first = region.last = region.next_patch = region.mark = region.best = -1
+        for other, inside in ((slot - 1, slot % width > 0), (slot - width, slot >= width)):
+            if inside:
+                edges[edge].ends = slot ^ other
+                edges[edge].owner = slot
+                _append(following, region, 2 * edge)
+                _append(following, regions[other], 2 * edge + 1)
+                edge += 1
+
+
+@_kernel
+def _append(following: np.ndarray, region: np.record, entry: int) -> None:
+    """Adds an entry to the list of a region."""
+    if region.first < 0:
+        region.first = entry
+    else:
+        following[region.last] = entry
+    region.last = entry
+    following[entry] = -1
+
+
+@_sum_kernel
+def _squared_norm(rows: np.ndarray, row: int) -> float:
+    total = np.float32(0)
+    for k in range(rows.shape[1]):
+        total += rows[row, k] * rows[row, k]
+    return np.float64(total)
+
+
+@_sum_kernel
+def _squared_distance(rows_a: np.ndarray, a: int, rows_b: np.ndarray, b: int) -> float:
+    total = np.float32(0)
+    for k in range(rows_a.shape[1]):
+        difference = rows_a[a, k] - rows_b[b, k]
+        total += difference * difference
+    return np.float64(total)
+
+
+@_kernel
+def _blend(
+    target: np.ndarray, row: int, rows_a: np.ndarray, a: int, rows_b: np.ndarray, b: int, weight: float
+) -> None:
+    """Equation 3 into one row of `target`, written so that equal centres stay exactly equal."""
+    share = np.float32(weight)
+    for k in range(target.shape[1]):
+        target[row, k] = rows_a[a, k] + (rows_b[b, k] - rows_a[a, k]) * share
+
+
+@_kernel
+def _weight(size_a: float, size_b: float) -> float:
+    return size_a * size_b / (size_a + size_b)
+
+
+@_kernel
+def _round_cost(features: np.ndarray, centres: np.ndarray, regions: np.ndarray, edge: np.record) -> None:
+    """Equation 4 in float32. The sum is off by one rounding per term of a lane, the centres by their own errors."""
+    a, b = edge.owner, edge.ends ^ edge.owner
+    rows_a = features if regions[a].size == 1 else centres
+    rows_b = features if regions[b].size == 1 else centres
+    squared = _squared_distance(rows_a, regions[a].row, rows_b, regions[b].row)
+    error = regions[a].error + regions[b].error
+    doubt = ROUNDOFF * (centres.shape[1] / LANES + LANES + 2) * squared + error * (2 * math.sqrt(squared) + error)
+    weight = _weight(regions[a].size, regions[b].size)
+    edge.lower = weight * max(squared - doubt, 0.0)
+    edge.upper = weight * (squared + doubt)
+    edge.level = ROUNDED
+
+
+@_kernel
+def _add_mean(target: np.ndarray, features: np.ndarray, regions: np.ndarray, slot: int, sign: float) -> None:
+    """Adds the mean feature of the patches of a region, times `sign`, in float64."""
+    share = sign / regions[slot].size
+    patch = slot
+    while patch >= 0:
+        for k in range(features.shape[1]):
+            target[k] += share * features[patch, k]
+        patch = regions[patch].next_patch
+
+
+@_sum_kernel
+def _exact_cost(features: np.ndarray, regions: np.ndarray, edge: np.record, difference: np.ndarray) -> None:
+    """Equation 4 in float64, from the patches themselves."""
+    a, b = edge.owner, edge.ends ^ edge.owner
+    difference[:] = 0.0
+    _add_mean(difference, features, regions, a, 1.0)
+    _add_mean(difference, features, regions, b, -1.0)
+    squared = 0.0
+    for k in range(features.shape[1]):
+        squared += difference[k] * difference[k]
+    edge.lower = edge.upper = squared * _weight(regions[a].size, regions[b].size)
+    edge.level = EXACT
+
+
+@_kernel
+def _bound_cost(edge: np.record, size: float, moved: float, size_other: float, size_union: float) -> None:
+    """Lower bound of a cost after a centre moved away by `moved`: the triangle inequality."""
+    distance = math.sqrt(edge.lower / _weight(size, size_other)) - moved
+    edge.lower = _weight(size_union, size_other) * max(distance, 0.0) ** 2
+    edge.upper = np.inf
+    edge.level = BOUNDED
+
+
+@_kernel
+def _combine_costs(
+    edge: np.record, edge_b: np.record, joined: np.record, size_a: float, size_b: float, size: float
+) -> None:
+    """Cost between a union and a neighbour of both its parts, from those of the parts (Lance and Williams 1967)."""
+    share_a, share_b, share = size_a + size, size_b + size, size_a + size_b + size
+    lower = (share_a * edge.lower + share_b * edge_b.lower - size * joined.upper) / share
+    edge.upper = (share_a * edge.upper + share_b * edge_b.upper - size * joined.lower) / share
+    edge.lower = max(lower, 0.0)
+    edge.level = min(edge.level, edge_b.level, ROUNDED)
+
+
+@_kernel
+def _choose_best(
+    features: np.ndarray,
+    centres: np.ndarray,
+    edges: np.ndarray,
+    following: np.ndarray,
+    regions: np.ndarray,
+    slot: int,
+) -> float:
+    """Finds the best edge that `slot` owns, known to float32 at least, and the second-best lower bound.
+
+    Returns the lower bound of the best one, infinite if there is none.
+    """
+    best, lowest, second = -1, np.inf, np.inf
+    entry = regions[slot].first
+    while entry >= 0:
+        edge = edges[entry >> 1]
+        if edge.owner == slot and edge.lower <= second:
+            if edge.level == BOUNDED and edge.lower <= lowest:
+                _round_cost(features, centres, regions, edge)
+            tie = edge.lower == lowest and best >= 0
+            if edge.lower < lowest or (
+                tie and regions[edge.ends ^ slot].node < regions[edges[best].ends ^ slot].node
+            ):
+                best, lowest, second = entry >> 1, edge.lower, lowest
+            else:
+                second = min(second, edge.lower)
+        entry = following[entry]
+    regions[slot].best = best
+    regions[slot].second = second
+    return lowest
+
+
+@_kernel
+def _play(tournament: np.ndarray, regions: np.ndarray, slot: int, key: float) -> None:
+    """Gives `slot` a new key and replays its matches; stops where the outcome stays as it was."""
+    place = tournament.size // 2 + slot
+    tournament[place].key = key
+    while place > 1:
+        winner, other = tournament[place], tournament[place ^ 1]
+        place >>= 1
+        if other.key < winner.key or (
+            other.key == winner.key and regions[other.slot].node < regions[winner.slot].node
+        ):
+            winner = other
+        if winner.slot != slot and tournament[place].slot == winner.slot:
+            return
+        tournament[place].key = winner.key
+        tournament[place].slot = winner.slot
+
+
+@_kernel
+def _runner_up(tournament: np.ndarray) -> float:
+    """Least key of all slots but the winner: the best of those that lost against it."""
+    least = np.inf
+    place = tournament.size // 2 + tournament[1].slot
+    while place > 1:
+        least = min(least, tournament[place ^ 1].key)
+        place >>= 1
+    return least
+
+
+@_kernel
+def _evaluate_patches(
+    features: np.ndarray,
+    centres: np.ndarray,
+    edges: np.ndarray,
+    following: np.ndarray,
+    regions: np.ndarray,
+    tournament: np.ndarray,
+) -> float:
+    """Costs of all pairs of patches and the first tournament.
+
+    Returns the largest norm of a feature, NaN or infinite if any value is.
+    """
+    half = tournament.size // 2
+    for place in range(tournament.size):
+        tournament[place].key = np.inf
+    largest = 0.0
+    for slot in range(features.shape[0]):
+        norm = _squared_norm(features, slot)
+        if not norm <= largest:  # also true for NaN
+            largest = norm
+        if not np.isfinite(largest):
+            return largest
+        entry = regions[slot].first
+        while entry >= 0:
+            if edges[entry >> 1].owner == slot:
+                _round_cost(features, centres, regions, edges[entry >> 1])
+            entry = following[entry]
+        tournament[half + slot].slot = slot
+        tournament[half + slot].key = _choose_best(features, centres, edges, following, regions, slot)
+    for place in range(half - 1, 0, -1):
+        better = 2 * place + (1 if tournament[2 * place + 1].key < tournament[2 * place].key else 0)
+        tournament[place].key = tournament[better].key
+        tournament[place].slot = tournament[better].slot
+    return math.sqrt(largest)
+
+
+@_kernel
+def _cheapest(
+    features: np.ndarray,
+    centres: np.ndarray,
+    edges: np.ndarray,
+    following: np.ndarray,
+    regions: np.ndarray,
+    tournament: np.ndarray,
+    scratch: np.ndarray,
+) -> int:
+    """The slot whose best edge is certainly the cheapest of all."""
+    while True:
+        slot = tournament[1].slot
+        edge = edges[regions[slot].best]
+        if edge.owner == slot:
+            if edge.level == EXACT or edge.upper < min(regions[slot].second, _runner_up(tournament)):
+                return slot
+            _exact_cost(features, regions, edge, scratch)
+        _play(tournament, regions, slot, _choose_best(features, centres, edges, following, regions, slot))
+
+
+@_kernel
+def _join_neighbours(
+    edges: np.ndarray, following: np.ndarray, regions: np.ndarray, a: int, b: int, joined: np.record, distance: float
+) -> None:
+    """Gives `a` the edges of `a` and `b`, with new bounds of their costs; `joined` was the edge between the two."""
+    size_a, size_b = regions[a].size, regions[b].size
+    union = size_a + size_b
+    joined.owner = -1
+    entry, other_entry = regions[a].first, regions[b].first
+    regions[a].first = -1
+    while entry >= 0:
+        next_entry = following[entry]
+        edge = edges[entry >> 1]
+        if edge.owner >= 0:
+            regions[edge.ends ^ a].mark = entry >> 1
+            _append(following, regions[a], entry)
+        entry = next_entry
+    entry = other_entry
+    while entry >= 0:
+        next_entry = following[entry]
+        edge = edges[entry >> 1]
+        if edge.owner >= 0:
+            other = regions[edge.ends ^ b]
+            if other.mark >= 0:
+                _combine_costs(edges[other.mark], edge, joined, size_a, size_b, other.size)
+                edge.owner = other.mark = -1
+            else:
+                _bound_cost(edge, size_b, distance * size_a / union, other.size, union)
+                edge.ends ^= a ^ b
+                _append(following, regions[a], entry)
+        entry = next_entry
+    entry = regions[a].first
+    while entry >= 0:
+        edge = edges[entry >> 1]
+        other = regions[edge.ends ^ a]
+        if other.mark >= 0:
+            _bound_cost(edge, size_a, distance * size_b / union, other.size, union)
+            other.mark = -1
+        edge.owner = a
+        entry = following[entry]
+
+
+@_kernel
+def _join_patches(
+    features: np.ndarray,
+    centres: np.ndarray,
+    regions: np.ndarray,
+    a: int,
+    b: int,
+    distance: float,
+    radius: float,
+    unused: int,
+) -> int:
+    """Makes slot `a` the union of `a` and `b`: centre and its error bound, size, patches.
+
+    The centre replaces that of a part; if both parts are patches it goes to row `unused`. Returns the next unused row.
+    """
+    kept, gone = regions[a], regions[b]
+    weight = gone.size / (kept.size + gone.size)
+    rows_a = features if kept.size == 1 else centres
+    rows_b = features if gone.size == 1 else centres
+    row = kept.row if kept.size > 1 else gone.row if gone.size > 1 else unused
+    _blend(centres, row, rows_a, kept.row, rows_b, gone.row, weight)
+    unused += row == unused
+    kept.row = row
+    kept.error += weight * (gone.error - kept.error) + ROUNDOFF * (radius + 3 * weight * distance)
+    kept.size += gone.size
+    regions[kept.last_patch].next_patch = b
+    kept.last_patch = gone.last_patch
+    return unused
+
+
+@_kernel
+def _merge_all(
+    features: np.ndarray,
+    centres: np.ndarray,
+    edges: np.ndarray,
+    following: np.ndarray,
+    regions: np.ndarray,
+    tournament: np.ndarray,
+    radius: float,
+    scratch: np.ndarray,
+    children: np.ndarray,
+    costs: np.ndarray,
+) -> None:
+    """Algorithm 1 into children int32 [N-1, 2] and costs float32 [N-1]."""
+    unused = 0
+    for step in range(costs.size):
+        a = _cheapest(features, centres, edges, following, regions, tournament, scratch)
+        edge = edges[regions[a].best]
+        b = edge.ends ^ a
+        children[step, 0], children[step, 1] = regions[b].node, regions[a].node  # the owner `a` is the newer one
+        costs[step] = (edge.lower + edge.upper) / 2
+        distance = math.sqrt(edge.upper / _weight(regions[a].size, regions[b].size))
+        _join_neighbours(edges, following, regions, a, b, edge, distance)
+        unused = _join_patches(features, centres, regions, a, b, distance, radius, unused)
+        regions[a].node = costs.size + 1 + step
+        _play(tournament, regions, b, np.inf)
+        _play(tournament, regions, a, _choose_best(features, centres, edges, following, regions, a))

@@ -1,0 +1,1 @@
+"""Distributed work, one file a stage: thin around the pure functions of `data`, `model` and `evaluation`."""

@@ -1,0 +1,53 @@
+"""The one place that starts or joins Ray."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+LOOPBACK = "127.0.0.1"
+LOCAL = {"include_dashboard": True, "dashboard_host": LOOPBACK, "_node_ip_address": LOOPBACK}
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS, or start one in this process and stop it at the end.
+
+    A Ray that is already initialised (a notebook, a test session, an enclosing stage) is used as it is. A started one
+    has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
+    to change that) and the dashboard, on the loopback address: placement groups of stopped trials are only cleaned up
+    while its state API answers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {} if address else LOCAL
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
+    ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpus() -> int:
+    """CPUs of the whole cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def gpus() -> int:
+    """GPUs of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def quiet_data() -> None:
+    """Ray Data without progress bars and chatter: our own progress lines say what matters."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)

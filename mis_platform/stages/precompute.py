@@ -1,0 +1,526 @@
+"""Photos to merge trees (paper section 3.1): decoding, patch features, Ward merging, Parquet parts.
+
+Notable choices:
+
+* **A photo is described alone.** The number of rows of a matrix product may change the last bits of its result: in a
+  batch, a tree would depend on which photos shared it. At 8-pixel patches one photo fills a device anyway.
+* **Workers write, the driver counts.** A worker writes its part under a name that follows from the ids inside
+  (temporary file, then rename) and returns one small record: the same part always has the same name.
+* **The directory is the state.** After any interruption the whole parts are found by reading them; only photos in none
+  of them are computed. The digest is a sum over rows, so it does not depend on how photos were cut into parts.
+* **Without a GPU each worker does all steps of its chunk**: what is cheap to compute is not worth sending. With GPUs,
+  their workers only describe; CPU tasks decode before and merge after them.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from mis_platform.artifacts import Output, Part, combine_digests, sha256
+from mis_platform.config import DataConfig, FeaturesConfig, Resources
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.images import ImageRefused, Reason, read_image
+from mis_platform.data.schemas import QUARANTINE, TREES
+from mis_platform.data.trees import rows_of, rows_to_table, tree_row
+from mis_platform.errors import DataError
+from mis_platform.model.features import Extractor, build_extractor
+from mis_platform.progress import Progress
+from mis_platform.simulation import ward
+from mis_platform.stages import cluster
+from mis_platform.storage import Storage, StorageError
+
+VERSION = 1
+
+PART_PREFIX = "trees-"
+QUARANTINE_FILE = "quarantine.parquet"
+DIGEST_KEY = b"mis_platform.digest"  # in the metadata of a part: what its rows must add up to
+
+INTERNAL = "INTERNAL"  # reason of a photo whose computation failed without a known cause
+OUT_OF_MEMORY = "OUT_OF_MEMORY"  # stops the run
+NOT_THE_PHOTO = (INTERNAL, Reason.UNREADABLE.value)  # reasons that may lie in the code, the machine or the network
+FAILURES_IN_A_ROW = 32  # of these reasons, without a single tree between them: it is not the photos
+RETRIES = 3  # of a chunk whose worker died
+LOST_CHUNKS = 4  # that may be given up after that; their photos are tried once more, one by one
+MESSAGE_LETTERS = 500
+MAX_TASKS = 4096  # chunks are grouped beyond that, Ray Data plans every task in advance
+
+Step = TypeVar("Step")
+Row = dict[str, Any]
+Photo = tuple[str, bytes]  # image id, path
+
+
+class Refused(NamedTuple):
+    """A photo without a tree: a row of the schema QUARANTINE."""
+
+    image_id: str
+    path: str
+    stage: str  # "list", "decode", "features" or "merge"
+    reason: str  # name of a Reason, or INTERNAL
+    message: str
+
+
+class Found(NamedTuple):
+    """A whole part that an earlier attempt left."""
+
+    part: Part
+    image_ids: tuple[str, ...]
+
+
+def precompute(
+    dataset: Dataset, features: FeaturesConfig, data: DataConfig, resources: Resources, out: Storage
+) -> Output:
+    """The merge trees of all photos of `dataset`: parts `trees-*.parquet` and `quarantine.parquet` in `out`.
+
+    A photo that cannot be used, or whose computation fails, becomes a row of the quarantine and changes no other row.
+    The digest covers the trees alone. Call it while holding the lock of `out`.
+
+    Raises DataError when no photo is left or one needs more memory than there is, StorageError when `out` cannot be
+    written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation, ValueError when
+    weights are missing. What was finished stays in `out`, and the next call goes on from there.
+    """
+    began = time.monotonic()
+    build_extractor(features)  # missing or wrong weights are noticed here, before any process starts
+    out.remove_unfinished()
+    found = finished_parts(out, dataset.image_ids)
+    finished = {image_id for each in found for image_id in each.image_ids}
+    missing = sorted(set(dataset.image_ids) - finished)
+    parts, refused = [each.part for each in found], list_refused(dataset)
+    if missing:
+        photos = [(image_id, os.fsencode(dataset.image_path(image_id))) for image_id in missing]
+        progress = Progress("trees", len(dataset), "images", start=len(finished))
+        with cluster.cluster():
+            made, failed = compute_all(photos, features, data, resources, out, progress)
+        parts, refused = parts + made, refused + failed
+    write_quarantine(refused, out)
+    _check_outcome(dataset, parts, refused, out)
+    seconds = time.monotonic() - began
+    return Output(
+        parts=tuple(parts),
+        digest=combine_digests([part.digest for part in parts]),
+        summary={
+            "images": sum(part.rows for part in parts),
+            "quarantined": len(refused),
+            "seconds": round(seconds, 1),
+            "images_per_second": round(len(missing) / seconds, 2),
+            "bytes": sum(part.bytes for part in parts),
+        },
+    )
+
+
+def _check_outcome(dataset: Dataset, parts: Sequence[Part], refused: Sequence[Refused], out: Storage) -> None:
+    if not parts:
+        examples = "; ".join(f"{each.image_id}: {each.reason}: {each.message}" for each in refused[:3])
+        if refused and all(each.reason == INTERNAL for each in refused):
+            raise RuntimeError(f"the computation failed for every photo: {examples}")
+        raise DataError(
+            f"none of the {len(refused)} photos of {dataset.name} in {dataset.root} could be used ({examples})"
+            if refused
+            else f"there are no photos in {dataset.name}: searched {dataset.root}"
+        )
+    lost = [part.name for part in parts if not out.exists(part.name)]
+    if lost:
+        raise StorageError(f"{lost[0]} was written by another machine and is not in {out}: use a shared --root")
+
+
+# -- one photo -------------------------------------------------------------------------------------------------------
+
+
+def attempt(photo: Photo, stage: str, step: Callable[[], Step]) -> Step | Refused:
+    """What `step` returns, or why this photo is left out."""
+    try:
+        return step()
+    except ImageRefused as refusal:
+        reason, message = refusal.reason.value, refusal.message
+    except Exception as error:
+        reason, message = OUT_OF_MEMORY if _is_out_of_memory(error) else INTERNAL, f"{type(error).__name__}: {error}"
+    image_id, path = photo
+    return Refused(image_id, printable(os.fsdecode(path)), stage, reason, printable(message)[:MESSAGE_LETTERS])
+
+
+def printable(text: str) -> str:
+    """One line of valid Unicode."""
+    return " ".join(text.encode("utf8", "backslashreplace").decode().split())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """NumPy's and torch's ways to say so; torch itself is only imported by extractors that need it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def describe(pixels: np.ndarray, extractor: Extractor) -> np.ndarray:
+    """Patch features float32 [gh, gw, C] of a photo uint8 [H, W, 3]."""
+    height, width = pixels.shape[:2]
+    return extractor(extractor.prepare(pixels)[None])[0].reshape(*extractor.grid(height, width), -1)
+
+
+def grow(image_id: str, size: tuple[int, int], features: np.ndarray) -> Row:
+    """The row of one photo. size: (height, width) in pixels; features: float32 [gh, gw, C]."""
+    return tree_row(image_id, size, ward.merge(features))
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of one row, whatever file it is in."""
+    head = [row[name] for name in TREES.names[:-2]]
+    digest = hashlib.sha256(json.dumps(head).encode())
+    digest.update(np.asarray(row["children"], "<i4").tobytes())
+    digest.update(np.asarray(row["costs"], "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def write_part(rows: Iterable[Row], out: Storage) -> Part:
+    """Write rows as one Parquet file, by image id, under a name that follows from the ids."""
+    rows = sorted(rows, key=lambda row: row["image_id"])
+    image_ids = [row["image_id"] for row in rows]
+    digest = combine_digests([row_digest(row) for row in rows])
+    table = rows_to_table(rows)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), DIGEST_KEY: digest.encode()})
+    content = _to_parquet(table)
+    name = f"{PART_PREFIX}{sha256(json.dumps(image_ids).encode())[:16]}.parquet"
+    out.write_bytes(name, content)
+    return Part(name=name, rows=len(rows), bytes=len(content), sha256=sha256(content), digest=digest)
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    # Differences of node ids and split bytes of costs pack a quarter smaller than plain values.
+    numbers = {"children.list.element": "DELTA_BINARY_PACKED", "costs.list.element": "BYTE_STREAM_SPLIT"}
+    encoding = numbers if "costs" in table.column_names else None
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=encoding)
+    return sink.getvalue().to_pybytes()
+
+
+def finished_parts(out: Storage, image_ids: Iterable[str]) -> list[Found]:
+    """The parts of an earlier attempt, read and checked.
+
+    Damaged ones, and ones with photos that are not asked for or are in another part, are deleted.
+    """
+    unseen, found = set(image_ids), []
+    for name in out.names():
+        if not name.startswith(PART_PREFIX):
+            continue
+        part = _read_part(name, out.read_bytes(name))
+        if part is not None and len(set(part.image_ids) & unseen) == len(part.image_ids):
+            unseen.difference_update(part.image_ids)
+            found.append(part)
+        else:
+            out.remove(name)
+    return found
+
+
+def _read_part(name: str, content: bytes) -> Found | None:
+    """The part if its rows add up to the digest it carries, else None."""
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+        digest = (table.schema.metadata or {})[DIGEST_KEY].decode()
+        if not table.schema.equals(TREES) or digest != combine_digests([row_digest(row) for row in rows_of(table)]):
+            return None
+        image_ids = tuple(table["image_id"].to_pylist())
+    except (ValueError, KeyError, OSError, pa.ArrowException):  # in memory, an OSError is a damaged file
+        return None
+    part = Part(name=name, rows=len(image_ids), bytes=len(content), sha256=sha256(content), digest=digest)
+    return Found(part, image_ids)
+
+
+def list_refused(dataset: Dataset) -> list[Refused]:
+    """Pictures in the data set's folder that are no usable files, such as links that leave it."""
+    return [
+        Refused(path := printable(str(each.path)), path, "list", each.reason.value, each.message)
+        for each in dataset.refused
+    ]
+
+
+def write_quarantine(refused: Iterable[Refused], out: Storage) -> None:
+    rows = [each._asdict() for each in sorted(refused)]
+    out.write_bytes(QUARANTINE_FILE, _to_parquet(pa.Table.from_pylist(rows, schema=QUARANTINE)))
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+# What a worker returns of a chunk, as JSON in one column: its part, its refused photos, and why it could not write.
+# Errors travel as values, because Ray Data wraps exceptions in its own.
+
+
+def finish_chunk(results: Iterable[Row | Refused], out: Storage) -> pa.Table:
+    """Write the part of a chunk; the record that tells the driver."""
+    rows: list[Row] = []
+    record: Row = {"part": None, "image_ids": [], "refused": [], "storage_error": None}
+    for result in results:
+        if isinstance(result, Refused):
+            record["refused"].append(result)
+        else:
+            rows.append(result)
+    try:
+        if rows:
+            record["part"] = vars(write_part(rows, out))
+            record["image_ids"] = [row["image_id"] for row in rows]
+    except StorageError as error:
+        record["storage_error"] = str(error)
+    return pa.table({"record": [json.dumps(record)]})
+
+
+class Tally:
+    """What the records add up to."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.parts: list[Part] = []
+        self.refused: list[Refused] = []
+        self.image_ids: set[str] = set()  # of parts and of refused photos
+        self.barren: list[Refused] = []  # photos that failed since the last part
+
+    def add(self, record: Row) -> None:
+        """Raises what stops a run, see `precompute`."""
+        if record["storage_error"] is not None:
+            raise StorageError(record["storage_error"])
+        new = [Refused(*each) for each in record["refused"]]
+        if record["part"] is not None:
+            self.parts.append(Part(**record["part"]))
+            self.barren = []
+        self.refused += new
+        self.barren += new
+        self.image_ids.update(record["image_ids"], (each.image_id for each in new))
+        check_cause(new, self.barren)
+        self.progress.update(self.progress.start + len(self.image_ids), f"{len(self.refused)} quarantined")
+
+
+def check_cause(new: Sequence[Refused], barren: Sequence[Refused]) -> None:
+    """Raises when the cause of failures is not the photos.
+
+    new: photos that failed just now; barren: all that failed since the last photo that did not.
+    """
+    for each in new:
+        if each.reason == OUT_OF_MEMORY:
+            raise DataError(f"not enough memory for {each.path} in {each.stage}; lower data.max_megapixels")
+    suspicious = [each for each in barren if each.reason in NOT_THE_PHOTO]
+    if len(suspicious) >= FAILURES_IN_A_ROW:
+        last = suspicious[-1]
+        kind = StorageError if last.reason == Reason.UNREADABLE.value else RuntimeError
+        raise kind(
+            f"{len(suspicious)} photos in a row failed, so the cause is not the photos; "
+            f"the last one, {last.path}, in {last.stage}: {last.message}"
+        )
+
+
+# -- Ray Data --------------------------------------------------------------------------------------------------------
+
+
+def compute_all(
+    photos: Sequence[Photo],
+    features: FeaturesConfig,
+    data: DataConfig,
+    resources: Resources,
+    out: Storage,
+    progress: Progress,
+) -> tuple[list[Part], list[Refused]]:
+    """Parts and refused photos. Photos of chunks whose workers died again and again get a chunk of their own."""
+    tally = Tally(progress)
+    lost = list(photos)
+    try:
+        for chunk_images in (resources.chunk_images, 1):
+            alone = resources.model_copy(update={"chunk_images": chunk_images})
+            for record in compute(lost, features, data, alone, out) if lost else ():
+                tally.add(record)
+            lost = [photo for photo in lost if photo[0] not in tally.image_ids]
+    finally:
+        progress.close()
+    message = f"its worker process died {RETRIES + 1} times"
+    died = [Refused(name, printable(os.fsdecode(path)), "worker", INTERNAL, message) for name, path in lost]
+    return tally.parts, tally.refused + died
+
+
+def compute(
+    photos: Sequence[Photo], features: FeaturesConfig, data: DataConfig, resources: Resources, out: Storage
+) -> Iterator[Row]:
+    """The records of the chunks, in the order in which they are finished.
+
+    A chunk is left out when its worker dies again and again; Ray's error is raised when there are too many of those.
+    """
+    cluster.quiet_data()
+    gpus = cluster.gpus() if resources.use_gpu is not False else 0
+    if resources.use_gpu and not gpus:
+        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
+    chunks = chunk_dataset(photos, resources.chunk_images)
+    chunks.context.max_errored_blocks = LOST_CHUNKS
+    actors = resources.extractors or gpus or cluster.cpus()
+    if gpus:
+        share = min(1.0, gpus / actors)
+        chunks = in_steps(chunks, features, data, out, resources.chunk_images, actors, "cuda", num_gpus=share)
+    else:
+        chunks = in_whole_chunks(chunks, features, data, out, actors)
+    yield from read_records(chunks)
+
+
+def read_records(records: ray.data.Dataset) -> Iterator[Row]:
+    for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from map(json.loads, cast(pa.Table, batch)["record"].to_pylist())
+
+
+def chunk_dataset(photos: Sequence[Photo], chunk_images: int) -> ray.data.Dataset:
+    """One row a chunk: `image_ids` list<string>, `paths` list<binary>."""
+    chunks = []
+    for start in range(0, len(photos), chunk_images):
+        image_ids, paths = zip(*photos[start : start + chunk_images])
+        chunks.append({"image_ids": list(image_ids), "paths": list(paths)})
+    return ray.data.from_items(chunks, override_num_blocks=min(len(chunks), MAX_TASKS))
+
+
+def photos_of(chunk: pa.Table) -> list[Photo]:
+    return [photo for row in chunk.to_pylist() for photo in zip(row["image_ids"], row["paths"])]
+
+
+def decode(photo: Photo, data: DataConfig) -> np.ndarray:
+    """uint8 [H, W, 3]. Raises ImageRefused."""
+    return read_image(os.fsdecode(photo[1]), max_megapixels=data.max_megapixels, min_side=data.min_side)
+
+
+def worker_options() -> dict[str, int]:
+    return {"max_task_retries": RETRIES}
+
+
+def in_whole_chunks(
+    chunks: ray.data.Dataset, features: FeaturesConfig, data: DataConfig, out: Storage, actors: int
+) -> ray.data.Dataset:
+    """Every worker takes chunks from files to part."""
+    return chunks.map_batches(
+        ChunkWorker,
+        fn_constructor_args=(features, data, out),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        ray_remote_args_fn=worker_options,
+    )
+
+
+class ChunkWorker:
+    """An actor that decodes, describes, merges and writes."""
+
+    def __init__(self, features: FeaturesConfig, data: DataConfig, out: Storage) -> None:
+        cv2.setNumThreads(1)  # one process a CPU: its threads would only wait for each other
+        ward.warm_up()
+        self.extractor = build_extractor(features)
+        self.data = data
+        self.out = out
+
+    def __call__(self, chunk: pa.Table) -> pa.Table:
+        return finish_chunk(map(self.tree, photos_of(chunk)), self.out)
+
+    def tree(self, photo: Photo) -> Row | Refused:
+        pixels = attempt(photo, "decode", lambda: decode(photo, self.data))
+        if isinstance(pixels, Refused):
+            return pixels
+        features = attempt(photo, "features", lambda: describe(pixels, self.extractor))
+        if isinstance(features, Refused):
+            return features
+        return attempt(photo, "merge", lambda: grow(photo[0], pixels.shape[:2], features))
+
+
+# With GPUs a photo travels from task to actor to task: one row, its arrays as bytes.
+TRAVELLING = pa.schema(
+    {
+        "image_id": pa.string(),
+        "path": pa.binary(),
+        "height": pa.int32(),  # pixels
+        "width": pa.int32(),
+        "shape": pa.list_(pa.int32()),
+        "values": pa.large_binary(),  # uint8 pixels [H, W, 3], then float32 features [gh, gw, C]
+        "refused": pa.list_(pa.string()),  # the fields of a Refused, else null
+    }
+)
+
+
+def in_steps(
+    chunks: ray.data.Dataset,
+    features: FeaturesConfig,
+    data: DataConfig,
+    out: Storage,
+    chunk_images: int,
+    actors: int,
+    device: str,
+    num_gpus: float | None,
+) -> ray.data.Dataset:
+    """Tasks decode, actors that keep the network on their GPU describe, tasks merge and write."""
+    decode_task, merge_task = functools.partial(decode_chunk, data=data), functools.partial(merge_chunk, out=out)
+    decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    described = decoded.map_batches(
+        FeatureWorker,
+        fn_constructor_args=(features, device),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_gpus=num_gpus,
+        ray_remote_args_fn=worker_options,
+    )
+    return described.map_batches(merge_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=1)
+
+
+def decode_chunk(chunk: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
+    for photo in photos_of(chunk):
+        pixels = attempt(photo, "decode", functools.partial(decode, photo, data))
+        size = (0, 0) if isinstance(pixels, Refused) else pixels.shape[:2]
+        yield pack(photo, size, pixels)
+
+
+class FeatureWorker:
+    """An actor that describes photos, one row in, one row out."""
+
+    def __init__(self, features: FeaturesConfig, device: str) -> None:
+        self.extractor = build_extractor(features, device)
+
+    def __call__(self, travelling: pa.Table) -> pa.Table:
+        photo, size, pixels = unpack(travelling.to_pylist()[0], np.uint8)
+        if isinstance(pixels, Refused):
+            return travelling
+        return pack(photo, size, attempt(photo, "features", lambda: describe(pixels, self.extractor)))
+
+
+def merge_chunk(travelling: pa.Table, out: Storage) -> pa.Table:
+    """A task that merges and writes."""
+    _warm_up()
+
+    def results() -> Iterator[Row | Refused]:
+        for row in travelling.to_pylist():
+            photo, size, features = unpack(row, np.float32)
+            if isinstance(features, Refused):
+                yield features
+            else:
+                yield attempt(photo, "merge", functools.partial(grow, photo[0], size, features))
+
+    return finish_chunk(results(), out)
+
+
+@functools.cache
+def _warm_up() -> None:
+    ward.warm_up()
+
+
+def pack(photo: Photo, size: tuple[int, ...], content: np.ndarray | Refused) -> pa.Table:
+    row: Row = {"image_id": photo[0], "path": photo[1], "height": size[0], "width": size[1]}
+    if isinstance(content, Refused):
+        row["refused"] = list(content)
+    else:
+        row |= {"shape": content.shape, "values": content.tobytes()}
+    return pa.Table.from_pylist([row], schema=TRAVELLING)
+
+
+def unpack(row: Row, dtype: type[np.generic]) -> tuple[Photo, tuple[int, int], np.ndarray | Refused]:
+    content = (
+        Refused(*row["refused"])
+        if row["refused"] is not None
+        else np.frombuffer(row["values"], dtype).reshape(row["shape"])
+    )
+    return (row["image_id"], row["path"]), (row["height"], row["width"]), content

@@ -1,0 +1,461 @@
+"""Training with Ray Train: workers that share every global batch, each fed by its own Ray Data pipeline.
+
+A worker's examples are numbers, not places in a shared queue: worker r of w takes its slice of every batch, and tasks
+turn the numbers into examples. Interrupted in any way, the same call goes on from the newest checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from ray.data import ExecutionResources, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mis_platform.artifacts import Output, Part, sha256
+from mis_platform.config import Resources, Run
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.examples import Example, ExampleStream, open_stream
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
+from mis_platform.progress import Progress
+from mis_platform.stages import cluster
+from mis_platform.stages.training_loop import (
+    CHECKPOINTS,
+    HISTORY_FILE,
+    Batch,
+    History,
+    Learner,
+    Schedule,
+    TrainingDiverged,
+    all_sum,
+    collate,
+    complete_steps,
+    initial_model,
+    load_checkpoint_model,
+    load_history,
+    load_optimizer,
+    optimizer_of,
+    save_checkpoint,
+    share_of_batch,
+)
+from mis_platform.storage import Storage
+
+VERSION = 1
+
+EXAMPLES_PER_TASK = 8
+TASKS_PER_PIPELINE = 1000  # planning takes about a millisecond a task, starting a pipeline some seconds
+LOADED_BYTES = 2**30  # of finished examples that may wait for a worker
+CLUSTER_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
+MIN_WORKER_CPU = 0.1
+COLLECTIVE_TIMEOUT = 600  # seconds that workers wait for each other; a checkpoint on a slow store takes minutes
+STOP_SECONDS = 15.0  # that Ctrl-C leaves the workers for a last checkpoint
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is given."""
+
+    stream: ExampleStream
+    schedule: Schedule
+    resources: Resources
+    out: Storage
+    loaders: int  # tasks at once, for each worker
+    threads: int  # of torch, in each worker
+
+    @property
+    def run(self) -> Run:
+        return self.stream.run
+
+
+def train(
+    dataset: Dataset,
+    run: Run,
+    trees: Storage,
+    resources: Resources,
+    out: Storage,
+    on_metrics: Callable[[int, dict[str, float]], None],
+) -> Output:
+    """Train the click model of `run` on the photos of `dataset` and their merge `trees`; resumes what is in `out`.
+
+    on_metrics(step, metrics): called in this thread once for each logged step: 1, the multiples of log_every, the last;
+    after a restart also for the steps of earlier calls. metrics: loss and its parts loss_mask and loss_smooth (means
+    over the global batch), iou (training predictions with the proposals), gradient_norm, learning_rate and
+    images_per_second.
+
+    Writes model.safetensors, config.json and history.jsonl (one JSON object per logged step) into `out`, and the newest
+    checkpoints into out/steps. The digest is that of the model.
+
+    Raises ValueError for settings that cannot work (batch and workers, a cluster that is too small, missing weights),
+    TrainingDiverged when the loss stops being finite, Ray's TrainingFailedError when workers fail more than
+    resources.max_failures times. Ctrl-C leaves a checkpoint and raises KeyboardInterrupt.
+    """
+    share_of_batch(run.train.batch_size, resources.num_workers)
+    dataset = dataclasses.replace(dataset, root=dataset.root.resolve())  # workers have their own working directories
+    stream = open_stream(dataset, trees, run)
+    schedule = Schedule(len(stream.image_ids), run.train)
+    done = complete_steps(out)
+    for row in load_history(out, done[-1]) if done else []:
+        on_metrics(*_split(row))
+    if not done or done[-1] < schedule.total_steps:
+        with cluster.cluster():
+            _train_on_cluster(stream, schedule, resources, out, on_metrics)
+    return _publish(out, schedule)
+
+
+def _publish(out: Storage, schedule: Schedule) -> Output:
+    """Copy the last checkpoint's model into `out` itself."""
+    source = out.child(CHECKPOINTS, f"{schedule.total_steps:08d}")
+    history = load_history(out, schedule.total_steps)
+    parts = []
+    for name, rows in ((WEIGHTS_FILE, 1), (CONFIG_FILE, 1), (HISTORY_FILE, len(history))):
+        data = source.read_bytes(name)
+        out.write_bytes(name, data)
+        digest = sha256(data)
+        parts.append(Part(name=name, rows=rows, bytes=len(data), sha256=digest, digest=digest))
+    last = {name: history[-1][name] for name in ("loss", "iou")}
+    summary = {"steps": schedule.total_steps, "images": schedule.images, **last}
+    return Output(parts=tuple(parts), digest=parts[0].digest, summary=summary)
+
+
+def _split(row: dict[str, float]) -> tuple[int, dict[str, float]]:
+    return int(row["step"]), {name: value for name, value in row.items() if name != "step"}
+
+
+# -- the driver ------------------------------------------------------------------------------------------------------
+
+
+def _train_on_cluster(
+    stream: ExampleStream,
+    schedule: Schedule,
+    resources: Resources,
+    out: Storage,
+    on_metrics: Callable[[int, dict[str, float]], None],
+) -> None:
+    cluster.quiet_data()
+    scaling, loaders, threads = plan(resources)
+    job = Job(stream, schedule, resources, out, loaders, threads)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=here).remote()
+    with _ray_storage() as storage_path:
+        trainer = ray.train.torch.TorchTrainer(
+            lambda: _work(job, channel),
+            scaling_config=scaling,
+            torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+            run_config=ray.train.RunConfig(
+                name=f"mis-{uuid.uuid4().hex}",  # never one that Ray knows: it would return that run's result
+                storage_path=storage_path,
+                failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            ),
+        )
+        _follow(_in_background(trainer.fit), channel, job, on_metrics)
+
+
+def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
+    """(what to reserve, example tasks per worker, torch threads per worker) on this cluster.
+
+    The CPUs that a worker reserves are for its loading tasks too, which ask for none of their own: tasks that had to
+    wait for a free CPU would wait for ever where the workers hold all of them.
+    Raises ValueError with the arithmetic when the cluster is too small.
+    """
+    workers, cpus, gpus = resources.num_workers, cluster.cpus(), cluster.gpus()
+    use_gpu = gpus > 0 if resources.use_gpu is None else resources.use_gpu
+    if use_gpu and workers > gpus:
+        raise ValueError(
+            f"resources.num_workers={workers} on GPUs needs {workers} GPUs, the cluster has {gpus}; "
+            "use fewer workers or resources.use_gpu=false"
+        )
+    reserved = min(1.0, math.floor(100 * CLUSTER_SHARE * cpus / workers) / 100)
+    if reserved < MIN_WORKER_CPU:
+        raise ValueError(
+            f"resources.num_workers={workers} needs at least {workers} x {MIN_WORKER_CPU} = "
+            f"{workers * MIN_WORKER_CPU:g} CPUs, training may reserve {CLUSTER_SHARE:.0%} of the cluster's {cpus}, "
+            f"which is {CLUSTER_SHARE * cpus:g}; use at most {int(CLUSTER_SHARE * cpus / MIN_WORKER_CPU)} workers"
+        )
+    loaders = resources.loaders or (max(1, cpus - workers) if use_gpu else cpus // 2)
+    per_worker = {"CPU": reserved, "GPU": 1} if use_gpu else {"CPU": reserved}
+    scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=per_worker)
+    return scaling, max(1, loaders // workers), max(1, cpus // workers)
+
+
+@contextlib.contextmanager
+def _ray_storage() -> Iterator[str]:
+    """A directory for what Ray Train writes about a run. Nothing in it is read again: checkpoints are ours."""
+    path = tempfile.mkdtemp(prefix="mis-ray-train-")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Channel:
+    """An actor between the driver and worker 0: metrics one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._is_stopping = False
+        self._failure: Exception | None = None
+
+    def report(self, row: dict[str, float]) -> bool:
+        """Add the metrics of a step; whether the driver wants to stop."""
+        self._rows.append(row)
+        return self._is_stopping
+
+    def stop(self) -> None:
+        self._is_stopping = True
+
+    def fail(self, error: Exception) -> None:
+        """Keep an error that another attempt would only meet again."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        return self._failure
+
+    def take(self) -> list[dict[str, float]]:
+        """The rows since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
+
+def _in_background(function: Callable[[], Any]) -> "Future[Any]":
+    """Ray's fit() blocks and, in the main thread, would take over Ctrl-C."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="ray-train", daemon=True).start()
+    return future
+
+
+def _follow(fit: "Future[Any]", channel: Any, job: Job, on_metrics: Callable[[int, dict[str, float]], None]) -> None:
+    """Pass metrics on and show progress until the training ends; raise what ended it early."""
+    print(f"train: starting {job.resources.num_workers} worker(s)", file=sys.stderr, flush=True)
+    progress: Progress | None = None
+    batch, total = job.run.train.batch_size, job.schedule.total_steps
+    newest = max(complete_steps(job.out), default=0)
+    try:
+        while True:
+            is_over = fit.done()
+            for row in ray.get(channel.take.remote()):
+                step, metrics = _split(row)
+                progress = progress or Progress("train", total * batch, "images", start=step * batch)
+                progress.update(step * batch, f"step {step}/{total}, loss {metrics['loss']:.4f}")
+                if step > newest and _is_logged(job, step):
+                    on_metrics(step, metrics)
+                newest = max(newest, step)
+            if is_over:
+                break
+            time.sleep(POLL_SECONDS)
+    except BaseException:  # Ctrl-C, or on_metrics failed: the workers must not go on
+        print("train: stopping after this step; the same command resumes", file=sys.stderr, flush=True)
+        channel.stop.remote()
+        with contextlib.suppress(Exception):
+            fit.result(timeout=STOP_SECONDS)
+        raise
+    finally:
+        if progress:
+            progress.close()
+    failure = ray.get(channel.failure.remote())
+    if failure is not None:
+        raise failure
+    fit.result()
+
+
+def _is_logged(job: Job, step: int) -> bool:
+    return step % job.resources.log_every == 0 or step in (1, job.schedule.total_steps)
+
+
+# -- the workers -----------------------------------------------------------------------------------------------------
+
+
+def _work(job: Job, channel: Any) -> None:
+    """What each worker runs: resume, train, save."""
+    if ray.get(channel.failure.remote()) is not None:  # another worker of an earlier attempt met it
+        return
+    try:
+        _train_steps(job, channel)
+    except TrainingDiverged as error:  # on all workers alike
+        ray.get(channel.fail.remote(error))
+    except ValueError as error:
+        ray.get(channel.fail.remote(_plain(error)))
+        raise
+
+
+def _plain(error: ValueError) -> ValueError:
+    """The user's error of a Ray task without Ray's traceback around it."""
+    cause = getattr(error, "cause", error)
+    return cause if isinstance(cause, ValueError) else ValueError(str(error))
+
+
+def _train_steps(job: Job, channel: Any) -> None:
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
+    cluster.quiet_data()
+    learner, start, history = _resume(job)
+    total = job.schedule.total_steps
+    answer = None  # of the channel to the newest report
+    began = 0.0
+    with contextlib.closing(load(job, start, rank, workers)) as batches:
+        for step, batch in zip(range(start, total), batches, strict=True):
+            began = began or time.perf_counter()  # waiting for the first batch says nothing about the rest
+            metrics = learner.step(step, batch)
+            done = step + 1
+            is_stopping = _agree(answer is not None and _has_said_yes(answer), learner.device)
+            if rank == 0:
+                now = time.perf_counter()
+                row = {"step": done, **metrics, "images_per_second": job.run.train.batch_size / (now - began)}
+                began = now
+                if _is_logged(job, done):
+                    history.append(row)
+                if done % job.resources.checkpoint_every == 0 or done == total or is_stopping:
+                    save_checkpoint(job.out, done, learner, history)
+                answer = channel.report.remote(row)
+            if is_stopping:
+                break
+    if answer is not None:
+        ray.get(answer)  # the last report has arrived before this worker ends
+
+
+def _resume(job: Job) -> tuple[Learner, int, History]:
+    """The learner, the step to go on with, and what was logged before it."""
+    device = ray.train.torch.get_device()
+    done = complete_steps(job.out)
+    start = done[-1] if done else 0
+    model = load_checkpoint_model(job.out, start) if done else initial_model(job.run)
+    model = model.to(device).train()
+    network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+    optimizer = optimizer_of(model, job.run.train)
+    if done:
+        load_optimizer(job.out, start, optimizer)
+    learner = Learner(
+        job.run, job.schedule, model, network, optimizer, device, images_at_once=job.resources.batch_per_device
+    )
+    return learner, start, load_history(job.out, start) if done else []
+
+
+def _has_said_yes(answer: Any) -> bool:
+    ready, _ = ray.wait([answer], timeout=0)
+    return bool(ready) and bool(ray.get(answer))
+
+
+def _agree(is_stopping: bool, device: torch.device) -> bool:
+    """Whether any worker says so."""
+    return bool(all_sum(torch.tensor(float(is_stopping), device=device)).item())
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+
+def load(job: Job, start: int, rank: int, workers: int) -> Generator[Batch, None, None]:
+    """This worker's share of every batch from step `start` on, in order, made ahead by Ray Data tasks.
+
+    Ray Data plans all tasks of a pipeline before the first one runs, so a long training is a chain of pipelines, each
+    started before the one before it ends.
+    """
+    share = share_of_batch(job.run.train.batch_size, workers)
+    length = max(1, TASKS_PER_PIPELINE * EXAMPLES_PER_TASK // share)
+    total = job.schedule.total_steps
+    chain = [range(first, min(first + length, total)) for first in range(start, total, length)]
+    with ThreadPoolExecutor(max_workers=1) as opener:
+
+        def open_pipeline(steps: range) -> Iterator[dict[str, np.ndarray]]:
+            numbers = np.concatenate([job.schedule.numbers(step, rank, workers) for step in steps])
+            return _started(examples(job, numbers).iter_batches(batch_size=share, batch_format="numpy"))
+
+        following = [opener.submit(open_pipeline, steps) for steps in chain[:1]]
+        for number, steps in enumerate(chain):
+            pipeline = following.pop().result()
+            for position, columns in enumerate(pipeline):
+                if position == len(steps) * 3 // 4 and number + 1 < len(chain):
+                    following.append(opener.submit(open_pipeline, chain[number + 1]))
+                yield collate(columns)
+
+
+def _started(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches; the first one is there already."""
+    iterator = iter(batches)
+    return itertools.chain([next(iterator)], iterator)
+
+
+def examples(job: Job, numbers: np.ndarray) -> ray.data.Dataset:
+    """The examples of `numbers` (int64 [n]), in this order: a row each, columns named like the fields of Example."""
+    # No CPUs: `plan` reserves them with the workers.
+    dataset = ray.data.read_datasource(
+        Numbers(numbers),
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=job.loaders),
+        override_num_blocks=math.ceil(len(numbers) / EXAMPLES_PER_TASK),
+    )
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=LOADED_BYTES)
+    return dataset.map_batches(
+        MakeExamples(job.stream),
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=job.loaders),
+    )
+
+
+class Numbers(ray.data.Datasource):
+    """Example numbers as a Ray Data source, EXAMPLES_PER_TASK to a block."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        super().__init__()
+        self._blocks = [
+            pa.table({"number": numbers[first : first + EXAMPLES_PER_TASK]})
+            for first in range(0, len(numbers), EXAMPLES_PER_TASK)
+        ]
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(block.nbytes for block in self._blocks)
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        return [ray.data.ReadTask(partial(_once, block), _metadata(block)) for block in self._blocks]
+
+
+def _once(block: pa.Table) -> list[pa.Table]:
+    return [block]
+
+
+def _metadata(block: pa.Table) -> BlockMetadata:
+    return BlockMetadata(num_rows=block.num_rows, size_bytes=block.nbytes, input_files=None, exec_stats=None)
+
+
+@dataclass(frozen=True)
+class MakeExamples:
+    """Turns a column of numbers into the columns of examples."""
+
+    stream: ExampleStream
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        cv2.setNumThreads(1)  # the tasks themselves run side by side
+        made = [self.stream.example(int(number)) for number in rows["number"]]
+        return {name: np.stack(column) for name, column in zip(Example._fields, zip(*made), strict=True)}

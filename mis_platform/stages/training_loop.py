@@ -1,0 +1,336 @@
+"""Training on one device, without Ray: schedule, step, checkpoints.
+
+What decides the result is the global batch. Losses are means over it; every random number of an example (dropout,
+colours, iterative clicks) comes from the example's own generator, the number of click passes from the step's. So
+neither the number of workers nor the size of a forward pass changes more than the order of floating-point additions.
+
+Shape suffixes: B images, H W pixels, N click slots of both signs.
+"""
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mis_platform.config import Run, TrainConfig, plain
+from mis_platform.data.examples import NETWORK, PASSES, generator
+from mis_platform.model.augmentation import augment_colors
+from mis_platform.model.interaction import append_iterative_clicks
+from mis_platform.model.losses import (
+    binary_cross_entropy_per_sample,
+    normalized_focal_loss_per_sample,
+    smoothness_loss_per_sample,
+)
+from mis_platform.model.simpleclick import DROPOUT, VARIANTS, SimpleClick
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_mae, load_model, save_model
+from mis_platform.storage import Storage
+
+CHECKPOINTS = "steps"  # directory below the artifact's
+CHECKPOINTS_KEPT = 2
+HISTORY_FILE = "history.jsonl"  # one JSON object per logged step
+OPTIMIZER_FILE = "training.pt"
+COMPLETE_FILE = "complete.json"  # written last: a checkpoint without it does not exist
+
+MASK_LOSSES = {"bce": binary_cross_entropy_per_sample, "normalized_focal": normalized_focal_loss_per_sample}
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient is NaN or infinite; the message names step and images."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, batches and learning rates of a training on `images` photos.
+
+    An epoch has images // batch_size steps, at least one. The stream of examples runs on over the ends of epochs, so no
+    photo is left out for good where the batch does not divide their number.
+    """
+
+    images: int
+    config: TrainConfig
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, self.images // self.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        planned = self.config.epochs * self.steps_per_epoch
+        return planned if self.config.max_steps is None else min(planned, self.config.max_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Of step 0, 1, ...: multiplied by decay_factor once for each of decay_epochs that has passed."""
+        passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.config.decay_epochs)
+        return self.config.learning_rate * self.config.decay_factor**passed
+
+    def numbers(self, step: int, rank: int = 0, workers: int = 1) -> range:
+        """The examples of worker `rank` in the global batch of `step`."""
+        share = share_of_batch(self.config.batch_size, workers)
+        first = step * self.config.batch_size + rank * share
+        return range(first, first + share)
+
+
+def share_of_batch(batch_size: int, workers: int) -> int:
+    """Images per worker; ValueError with the allowed numbers of workers when they cannot share the batch evenly."""
+    if batch_size % workers:
+        allowed = [count for count in range(1, batch_size + 1) if batch_size % count == 0]
+        raise ValueError(
+            f"train.batch_size={batch_size} cannot be shared by resources.num_workers={workers}; "
+            f"numbers of workers that can: {', '.join(map(str, allowed))}"
+        )
+    return batch_size // workers
+
+
+def initial_model(run: Run) -> SimpleClick:
+    """The model that the training of `run` starts from, on the CPU: random parts are drawn from train.seed.
+
+    Raises ValueError when model.init=mae and the weights cannot be had or do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.train.seed)
+        model = SimpleClick(run.model.variant, run.model.image_size)
+    if run.model.init == "mae":
+        load_mae(model, run.model.init_weights)
+    return model
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Adam:
+    """Adam over the parameters that take part, without weight decay (SimpleClick)."""
+    used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(used, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+
+
+# -- the step --------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Examples as tensors, on the CPU."""
+
+    images: Tensor  # uint8 [B, H, W, 3]
+    masks: Tensor  # uint8 [B, H, W], 1 object
+    points: Tensor  # float32 [B, N, 3]
+    image_ids: Sequence[str]
+    numbers: Sequence[int]
+
+    def part(self, start: int, stop: int) -> "Batch":
+        return Batch(
+            self.images[start:stop],
+            self.masks[start:stop],
+            self.points[start:stop],
+            self.image_ids[start:stop],
+            self.numbers[start:stop],
+        )
+
+
+def collate(columns: dict[str, np.ndarray]) -> Batch:
+    """Columns named like the fields of Example, one row per example."""
+    images, masks, points = (torch.from_numpy(np.array(columns[name])) for name in ("image", "mask", "points"))
+    return Batch(images, masks, points, columns["image_id"].tolist(), columns["number"].tolist())
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One worker's model and optimizer."""
+
+    run: Run
+    schedule: Schedule
+    model: SimpleClick  # on `device`
+    network: nn.Module  # the model, or what averages its gradients over the workers (DistributedDataParallel)
+    optimizer: torch.optim.Adam
+    device: torch.device
+    images_at_once: int  # of a forward pass; gradients are accumulated over the worker's share of the batch
+
+    def step(self, step: int, batch: Batch) -> dict[str, float]:
+        """Update the weights with this worker's share of the global batch of `step`; metrics of the whole batch.
+
+        All workers call it with the same step. Raises TrainingDiverged, on all of them, before a loss or gradient that
+        is not finite reaches the weights.
+        """
+        rate = self.schedule.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        values = self._backward(step, batch)
+        mask_loss, smoothness, iou = (all_sum(values.double().sum(dim=0)) / self.run.train.batch_size).tolist()
+        loss = mask_loss + self.run.train.smooth_weight * smoothness
+        self._check_finite("loss", loss, step, [*zip(batch.image_ids, values.isfinite().all(dim=1).tolist())])
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self._check_finite("gradient", norm, step, [(image_id, False) for image_id in batch.image_ids])
+        self.optimizer.step()
+        return {
+            "loss": loss,
+            "loss_mask": mask_loss,
+            "loss_smooth": smoothness,
+            "iou": iou,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+        }
+
+    def _backward(self, step: int, batch: Batch) -> Tensor:
+        """Accumulate the gradient; [B, 3] on `device`: mask loss, smoothness and IoU of each image."""
+        passes = int(generator(self.run.train.seed, PASSES, step).integers(self.run.clicks.iterative_clicks + 1))
+        count = len(batch.numbers)
+        rows = []
+        for start in range(0, count, self.images_at_once):
+            is_last = start + self.images_at_once >= count
+            with self._without_exchange(not is_last):
+                values = self._values(batch.part(start, start + self.images_at_once), passes)
+                # The mean over the worker's share; the mean of these over the workers is that over the batch.
+                ((values[:, 0] + self.run.train.smooth_weight * values[:, 1]).sum() / count).backward()
+            rows.append(values.detach())
+        return torch.cat(rows)
+
+    def _without_exchange(self, apply: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients travel between workers once a step, with the last part of the batch."""
+        if apply and isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _values(self, batch: Batch, passes: int) -> Tensor:
+        """Mask loss, smoothness (both with gradient) and IoU of each image: [B, 3]."""
+        config = self.run.train
+        images, targets, points = self._upload(batch)
+        rngs = [generator(config.seed, NETWORK, number) for number in batch.numbers]
+        previous, points = self._interact(images, targets, points, passes, rngs)
+        colored = augment_colors(images, rngs) if self.run.augment.color_augmentation else images
+        logits = self._forward(self.network, colored, previous, points, self._draw_dropout(rngs))
+        mask_loss = MASK_LOSSES[config.loss](logits, targets)
+        smoothness = smoothness_loss_per_sample(logits, images, config.smooth_form)
+        return torch.stack([mask_loss, smoothness, overlap(logits.detach(), targets)], dim=1)
+
+    def _upload(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images float32 [B, 3, H, W] in [0, 1], targets float32 [B, 1, H, W], points, on `device`."""
+        tensors = [batch.images, batch.masks, batch.points]
+        if self.device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        images, masks, points = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        return images.permute(0, 3, 1, 2).float().contiguous() / 255, masks[:, None].float(), points
+
+    @torch.no_grad()
+    def _interact(
+        self, images: Tensor, targets: Tensor, points: Tensor, passes: int, rngs: Sequence[np.random.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """(previous mask, points) after `passes` clicks on the model's own errors, in evaluation mode (RITM)."""
+        previous = torch.zeros_like(targets)
+        self.model.eval()
+        for index in range(1, passes + 1):
+            previous = self._forward(self.model, images, previous, points).sigmoid()
+            points = append_iterative_clicks(points, previous, targets, index, rngs)
+        self.model.train()
+        return previous, points
+
+    def _forward(self, network: nn.Module, *inputs: Tensor) -> Tensor:
+        """Logits, float32. Every pass has its own autocast: its cache of weights must not outlive a no_grad pass."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.train.precision == "bf16"):
+            logits: Tensor = network(*inputs)
+        return logits.float()
+
+    def _draw_dropout(self, rngs: Sequence[np.random.Generator]) -> Tensor:
+        """What multiplies the head's channels: [B, channels]."""
+        channels = VARIANTS[self.model.variant].head_channels
+        kept = np.stack([rng.random(channels) >= DROPOUT for rng in rngs])
+        return torch.from_numpy(kept.astype(np.float32) / np.float32(1 - DROPOUT)).to(self.device)
+
+    def _check_finite(self, what: str, value: float, step: int, images: Sequence[tuple[str, bool]]) -> None:
+        """images: (id, whether its own values are finite) of this worker's share."""
+        if np.isfinite(value):
+            return
+        names = all_lists([image_id for image_id, is_finite in images if not is_finite])
+        config = self.run.train
+        raise TrainingDiverged(
+            f"the {what} is not finite at step {step + 1} (train.learning_rate={config.learning_rate}, "
+            f"train.smooth_weight={config.smooth_weight}, train.precision={config.precision}); "
+            f"images: {', '.join(names)}"
+        )
+
+
+def overlap(logits: Tensor, targets: Tensor) -> Tensor:
+    """IoU [B] of the predicted and the target masks [B, 1, H, W]; 1 where both are empty."""
+    predicted, target = (logits > 0).flatten(1), (targets > 0.5).flatten(1)
+    union = (predicted | target).sum(dim=1)
+    return torch.where(union > 0, (predicted & target).sum(dim=1) / union.clamp(min=1), 1.0)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over the workers."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_lists(items: list[str]) -> list[str]:
+    """The lists of all workers, one after the other."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return items
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, items)
+    return [item for each in gathered for item in each]
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+History = list[dict[str, float]]  # a row per logged step
+
+
+def save_checkpoint(out: Storage, step: int, learner: Learner, history: History) -> None:
+    """Write everything that step `step` + 1 needs, then drop all but the newest CHECKPOINTS_KEPT.
+
+    No generator state is needed: all random numbers are functions of the seed, the step and the example.
+    """
+    directory = out.child(CHECKPOINTS, f"{step:08d}")
+    directory.remove(COMPLETE_FILE)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder, learner.model, {"step": step, "run": plain(learner.run)})
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            directory.write_bytes(name, Storage(folder).read_bytes(name))
+    buffer = io.BytesIO()
+    torch.save(learner.optimizer.state_dict(), buffer)
+    directory.write_bytes(OPTIMIZER_FILE, buffer.getvalue())
+    directory.write_bytes(HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in history).encode())
+    directory.write_bytes(COMPLETE_FILE, json.dumps({"step": step}).encode())
+    _drop_old(out)
+
+
+def complete_steps(out: Storage) -> list[int]:
+    """Steps that have a whole checkpoint, ascending."""
+    names = [name for name in out.child(CHECKPOINTS).names() if name.isdigit()]
+    return sorted(int(name) for name in names if out.child(CHECKPOINTS, name).exists(COMPLETE_FILE))
+
+
+def _drop_old(out: Storage) -> None:
+    """Keep the newest checkpoints; also remove what a kill left unfinished before them."""
+    kept = complete_steps(out)[-CHECKPOINTS_KEPT:]
+    for name in out.child(CHECKPOINTS).names():
+        if name.isdigit() and int(name) < kept[0]:
+            # The mark goes first: a kill in between leaves an unfinished checkpoint, never a damaged one.
+            out.child(CHECKPOINTS, name).remove(COMPLETE_FILE)
+            out.child(CHECKPOINTS).remove(name)
+
+
+def load_checkpoint_model(out: Storage, step: int) -> SimpleClick:
+    """On the CPU. Raises ValueError when the file is damaged."""
+    source = out.child(CHECKPOINTS, f"{step:08d}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            Storage(folder).write_bytes(name, source.read_bytes(name))
+        return load_model(folder)
+
+
+def load_optimizer(out: Storage, step: int, optimizer: torch.optim.Adam) -> None:
+    """Restore its state at `step`, in place; tensors go to the device of their parameters."""
+    data = out.child(CHECKPOINTS, f"{step:08d}").read_bytes(OPTIMIZER_FILE)
+    optimizer.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+
+
+def load_history(out: Storage, step: int) -> History:
+    text = out.child(CHECKPOINTS, f"{step:08d}").read_bytes(HISTORY_FILE).decode()
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,0 +1,620 @@
+"""Precompute: one digest however the work is cut, interrupted or broken by bad photos."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mis_platform.artifacts import Output, Part, Stage, combine_digests, ensure, read_manifest
+from mis_platform.config import DataConfig, FeaturesConfig, Resources
+from mis_platform.data.benchmarks import Dataset, open_dataset
+from mis_platform.data.images import read_image
+from mis_platform.data.schemas import QUARANTINE, TREES
+from mis_platform.data.trees import TreeReader, tree_row, verify_trees
+from mis_platform.errors import DataError
+from mis_platform.model.features import build_extractor
+from mis_platform.progress import Progress
+from mis_platform.simulation.ward import merge
+from mis_platform.stages import precompute
+from mis_platform.storage import TEMPORARY, Storage, StorageError
+
+FEATURES = FeaturesConfig(extractor="color_texture")
+
+
+def write_photos(folder: Path, count: int, seed: int = 0) -> Dataset:
+    """Photos of blurred noise, sides of 30 to 70 pixels; a few share a size, one has an EXIF rotation."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        height, width = (40, 56) if k % 3 == 0 else rng.integers(30, 70, 2)
+        blobs = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        image = Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if k == 1 else 1
+        image.save(folder / f"photo_{k:03d}.jpg", quality=95, exif=exif)
+    return open_dataset(f"folder:{folder}")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_photos(tmp_path_factory.mktemp("photos"), 24)
+
+
+def run(dataset: Dataset, out: Path | Storage, **resources: Any) -> Output:
+    storage = out if isinstance(out, Storage) else Storage(str(out))
+    return precompute.precompute(dataset, FEATURES, DataConfig(), Resources(**resources), storage)
+
+
+def row_of(dataset: Dataset, image_id: str) -> dict[str, Any]:
+    """The row computed here and now, step by step, with the public functions."""
+    image = read_image(dataset.image_path(image_id))
+    extractor = build_extractor(FEATURES)
+    features = extractor(extractor.prepare(image)[None])[0]
+    return tree_row(image_id, image.shape[:2], merge(features, extractor.grid(*image.shape[:2])))
+
+
+def expected_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    return [row_of(dataset, image_id) for image_id in dataset.image_ids]
+
+
+def write_all_parts(dataset: Dataset, out: Path, size: int) -> None:
+    rows = sorted(expected_rows(dataset), key=lambda row: row["image_id"])
+    for start in range(0, len(rows), size):
+        precompute.write_part(rows[start : start + size], Storage(str(out)))
+
+
+def rows_in(out: Path) -> dict[str, dict[str, Any]]:
+    """image id -> row, as any Parquet reader sees them."""
+    rows = [row for path in sorted(out.glob("trees-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert len({row["image_id"] for row in rows}) == len(rows), "an image is there twice"
+    return {row["image_id"]: row for row in rows}
+
+
+def quarantine_in(out: Path) -> dict[str, tuple[str, str]]:
+    """image id -> (stage, reason)."""
+    rows = pq.read_table(out / "quarantine.parquet").to_pylist()
+    return {row["image_id"]: (row["stage"], row["reason"]) for row in rows}
+
+
+def files_of(out: Path) -> dict[str, tuple[int, int]]:
+    """name -> (inode, time of the last change) of each part: a part that is written again gets another inode."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("trees-*.parquet")}
+
+
+# -- parts, without Ray ----------------------------------------------------------------------------------------------
+
+
+def test_parts_are_plain_parquet(photos: Dataset, tmp_path: Path) -> None:
+    rows = expected_rows(photos)[:5]
+    part = precompute.write_part(rows[::-1], Storage(str(tmp_path)))
+    table = pq.read_table(tmp_path / part.name)
+    assert table.schema.remove_metadata() == TREES.remove_metadata()
+    assert table["image_id"].to_pylist() == sorted(row["image_id"] for row in rows)
+    assert table["children"][0].values.to_pylist() == rows[0]["children"].tolist()
+    assert table["costs"][4].values.to_pylist() == rows[4]["costs"].tolist()
+    assert (part.rows, part.bytes) == (5, (tmp_path / part.name).stat().st_size)
+
+
+def test_other_engines_read_the_encodings(photos: Dataset, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    rows = expected_rows(photos)[:3]
+    part = precompute.write_part(rows, Storage(str(tmp_path)))
+    query = f"select image_id, children, costs from read_parquet('{tmp_path / part.name}')"
+    for row, (image_id, children, costs) in zip(rows, duckdb.sql(query).fetchall()):
+        assert image_id == row["image_id"]
+        assert children == row["children"].tolist()
+        assert costs == row["costs"].tolist()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [12], [5, 7], [3, 4, 5]])
+def test_the_digest_does_not_depend_on_the_parts(photos: Dataset, tmp_path: Path, sizes: list[int]) -> None:
+    rows = expected_rows(photos)[:12]
+    whole = precompute.write_part(rows, Storage(str(tmp_path / "whole")))
+    random.Random(0).shuffle(rows)
+    parts = [precompute.write_part([rows.pop() for _ in range(size)], Storage(str(tmp_path / "cut"))) for size in sizes]
+    assert combine_digests([part.digest for part in parts]) == whole.digest
+
+
+def test_the_digest_notices_every_column(photos: Dataset) -> None:
+    row = row_of(photos, photos.image_ids[0])
+    altered = [{**row, name: row[name] + ("x" if name == "image_id" else 1)} for name in TREES.names]
+    assert len({precompute.row_digest(each) for each in [row, *altered]}) == 1 + len(TREES.names)
+
+
+def test_whole_parts_are_found_again(photos: Dataset, tmp_path: Path) -> None:
+    storage, rows = Storage(str(tmp_path)), expected_rows(photos)
+    written = [precompute.write_part(rows[start : start + 6], storage) for start in range(0, 24, 6)]
+    found = precompute.finished_parts(storage, photos.image_ids)
+    assert sorted(each.part.name for each in found) == sorted(part.name for part in written)
+    assert {each.part for each in found} == set(written)
+    assert sorted(image_id for each in found for image_id in each.image_ids) == sorted(photos.image_ids)
+
+
+def flip_byte(content: bytes) -> bytes:
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+def without_footer(content: bytes) -> bytes:
+    return content[:-8]
+
+
+def of_other_columns(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image_id": ["photo_000"]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def without_digest(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pq.read_table(pa.BufferReader(content)).replace_schema_metadata(TREES.metadata), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_byte, without_footer, of_other_columns, without_digest, lambda content: b"", lambda content: b"x"]
+)
+def test_damaged_parts_are_dropped(photos: Dataset, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    storage, rows = Storage(str(tmp_path)), expected_rows(photos)
+    good = precompute.write_part(rows[:6], storage)
+    bad = precompute.write_part(rows[6:12], storage)
+    (tmp_path / bad.name).write_bytes(damage((tmp_path / bad.name).read_bytes()))
+    assert [each.part for each in precompute.finished_parts(storage, photos.image_ids)] == [good]
+    assert storage.names() == [good.name]
+
+
+def test_any_flipped_bit_is_noticed_or_harmless(photos: Dataset, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    part = precompute.write_part(expected_rows(photos)[:2], storage)
+    content = storage.read_bytes(part.name)
+    rng = random.Random(0)
+    for _ in range(300):
+        position, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        torn = content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
+        (tmp_path / part.name).write_bytes(torn)
+        for each in precompute.finished_parts(storage, photos.image_ids):
+            assert each.part.digest == part.digest
+            assert each.image_ids == photos.image_ids[:2]
+
+
+def test_photos_of_another_data_set_or_in_two_parts_are_dropped(photos: Dataset, tmp_path: Path) -> None:
+    storage, rows = Storage(str(tmp_path)), expected_rows(photos)
+    for chosen in (rows[:4], rows[2:6], [{**rows[7], "image_id": "stranger"}]):
+        precompute.write_part(chosen, storage)
+    found = precompute.finished_parts(storage, photos.image_ids)
+    assert len(found) == 1
+    assert storage.names() == [found[0].part.name]
+
+
+# -- when to stop, without Ray ---------------------------------------------------------------------------------------
+
+
+def refusal(reason: str, stage: str = "decode") -> precompute.Refused:
+    return precompute.Refused("id", "/photos/id.jpg", stage, reason, "some message")
+
+
+def tally_of(chunks: Iterable[list[precompute.Refused | None]]) -> precompute.Tally:
+    """A tally of chunks in which None is a photo with a tree."""
+    tally = precompute.Tally(Progress("trees", 10_000, "images"))
+    for k, chunk in enumerate(chunks):
+        ids = [f"{k}/{place}" for place in range(len(chunk))]
+        good = [image_id for image_id, each in zip(ids, chunk) if each is None]
+        part = vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0")) if good else None
+        bad = [each._replace(image_id=image_id) for image_id, each in zip(ids, chunk) if each is not None]
+        record = {"part": part, "image_ids": good, "refused": bad, "storage_error": None}
+        tally.add(json.loads(json.dumps(record)))
+    return tally
+
+
+def test_bad_photos_never_stop_a_run() -> None:
+    tally = tally_of([[refusal("TRUNCATED")] * 16] * 100)
+    assert len(tally.refused) == 1600
+
+
+def test_scattered_failures_do_not_stop_a_run() -> None:
+    tally = tally_of([[refusal("INTERNAL", "features")] * 15 + [None]] * 100)
+    assert (len(tally.refused), len(tally.parts)) == (1500, 100)
+
+
+def test_failures_in_a_row_stop_a_run() -> None:
+    with pytest.raises(RuntimeError, match=r"32 photos in a row failed.*id\.jpg, in features: some message"):
+        tally_of([[None] * 16, *([[refusal("INTERNAL", "features")] * 16] * 2)])
+    with pytest.raises(StorageError, match="32 photos in a row failed"):
+        tally_of([[refusal("UNREADABLE")] * 16] * 2)
+    tally_of([[refusal("INTERNAL")] * 31])
+
+
+def test_too_little_memory_stops_a_run() -> None:
+    with pytest.raises(DataError, match=r"not enough memory for /photos/id\.jpg in merge; lower data\.max_megapixels"):
+        tally_of([[None, refusal("OUT_OF_MEMORY", "merge")]])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("shapes differ"), "INTERNAL"),
+        (MemoryError(), "OUT_OF_MEMORY"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "OUT_OF_MEMORY"),
+    ],
+)
+def test_reasons_of_failures(error: Exception, reason: str) -> None:
+    def fail() -> None:
+        raise error
+
+    refused = precompute.attempt(("id", b"/photos/\xff\n.jpg"), "merge", fail)
+    assert isinstance(refused, precompute.Refused)
+    assert (refused.image_id, refused.stage, refused.reason) == ("id", "merge", reason)
+    assert refused.message.startswith(type(error).__name__)
+    pa.array(list(refused))  # valid Unicode, whatever the file is called
+
+
+def test_torch_and_numpy_say_that_memory_is_short_in_a_known_way() -> None:
+    for step in (lambda: torch.empty(1 << 55), lambda: np.empty(1 << 55)):
+        refused = precompute.attempt(("id", b"x"), "features", step)
+        assert isinstance(refused, precompute.Refused)
+        assert refused.reason == "OUT_OF_MEMORY", refused.message
+
+
+def test_a_folder_without_photos_is_refused(tmp_path: Path, photos: Dataset) -> None:
+    empty = photos.subset(0.1, 0).__class__(photos.name, "train", tmp_path, (), photos.read, is_labelled=False)
+    with pytest.raises(DataError, match="there are no photos in folder"):
+        run(empty, tmp_path / "out")
+
+
+def test_missing_weights_are_noticed_before_ray_starts(photos: Dataset, tmp_path: Path) -> None:
+    config = FeaturesConfig(weights=str(tmp_path / "no.pth"))
+    with pytest.raises(ValueError, match="color_texture"):
+        precompute.precompute(photos, config, DataConfig(), Resources(), Storage(str(tmp_path / "out")))
+
+
+# -- with Ray --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos: Dataset, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, run(photos, out, chunk_images=5)
+
+
+@pytest.mark.ray
+def test_every_row_is_what_the_functions_give(photos: Dataset, undisturbed: tuple[Path, Output]) -> None:
+    out, output = undisturbed
+    rows = rows_in(out)
+    assert sorted(rows) == sorted(photos.image_ids)
+    for expected in expected_rows(photos):
+        found = rows[expected["image_id"]]
+        assert {name: np.asarray(value).tolist() for name, value in expected.items()} == found
+    rotated = Image.open(photos.image_path("photo_001"))
+    assert (rows["photo_001"]["image_height"], rows["photo_001"]["image_width"]) == rotated.size
+    assert output.digest == combine_digests([precompute.row_digest(row) for row in expected_rows(photos)])
+    assert output.summary["images"] == 24
+    assert output.summary["quarantined"] == 0
+    assert output.summary["bytes"] == sum(path.stat().st_size for path in out.glob("trees-*.parquet"))
+    assert pq.read_table(out / "quarantine.parquet").schema == QUARANTINE
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("chunk_images", "extractors"), [(1, 2), (7, 1), (100, 3)])
+def test_the_digest_does_not_depend_on_resources(
+    photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path, chunk_images: int, extractors: int
+) -> None:
+    output = run(photos, tmp_path, chunk_images=chunk_images, extractors=extractors)
+    assert output.digest == undisturbed[1].digest
+    assert len(output.parts) == -(-24 // chunk_images)
+    assert rows_in(tmp_path) == rows_in(undisturbed[0])
+
+
+@pytest.mark.ray
+def test_step_by_step_gives_the_same_trees(photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path) -> None:
+    """The way that is taken with GPUs, on the CPU, with a broken photo among them."""
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
+    chunks = precompute.chunk_dataset([*listed, ("bad", os.fsencode(tmp_path / "bad.jpg"))], 6)
+    steps = precompute.in_steps(chunks, FEATURES, DataConfig(), Storage(str(tmp_path)), 6, 1, "cpu", None)
+    tally = precompute.Tally(Progress("trees", 25, "images"))
+    for record in precompute.read_records(steps):
+        tally.add(record)
+    assert combine_digests([part.digest for part in tally.parts]) == undisturbed[1].digest
+    assert rows_in(tmp_path) == rows_in(undisturbed[0])
+    assert [(each.image_id, each.stage, each.reason) for each in tally.refused] == [("bad", "decode", "NOT_AN_IMAGE")]
+
+
+def spoil(folder: Path) -> dict[str, tuple[str, str]]:
+    """Writes bad photos beside the good ones; what the quarantine should say of them."""
+    good = (folder / "photo_000.jpg").read_bytes()
+    (folder / "a_torn.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "b_empty.jpg").write_bytes(b"")
+    (folder / "c_text.jpg").write_text("hello")
+    Image.new("RGB", (4, 90)).save(folder / "d_small.png")
+    Image.new("1", (9000, 9000)).save(folder / "e_large.png")
+    (folder / "f_pipe.jpg").symlink_to("/dev/zero")
+    return {
+        "a_torn": ("decode", "TRUNCATED"),
+        "b_empty": ("decode", "EMPTY_FILE"),
+        "c_text": ("decode", "NOT_AN_IMAGE"),
+        "d_small": ("decode", "TOO_SMALL"),
+        "e_large": ("decode", "TOO_LARGE"),
+    }
+
+
+@pytest.mark.ray
+def test_bad_photos_change_no_other_row(undisturbed: tuple[Path, Output], tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 24)
+    expected = spoil(tmp_path / "photos")
+    os.mkfifo(tmp_path / "photos" / "photo_900.jpg")
+    odd = os.fsencode(tmp_path / "photos") + b"/photo_\xff.jpg"
+    Path(os.fsdecode(odd)).write_bytes(b"not Unicode, no image")
+    dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
+    output = run(dataset, tmp_path / "out", chunk_images=5)
+    assert output.digest == undisturbed[1].digest
+    assert rows_in(tmp_path / "out") == rows_in(undisturbed[0])
+    found = quarantine_in(tmp_path / "out")
+    assert {image_id: found[image_id] for image_id in expected} == expected
+    assert found["photo_%FF"] == ("decode", "NOT_AN_IMAGE")
+    listed = {key: value for key, value in found.items() if key.startswith("/")}
+    assert {stage for stage, _ in listed.values()} == {"list"}
+    assert len(listed) == 2, "the pipe and the link to a device"
+    assert output.summary["quarantined"] == len(found) == len(expected) + 3
+
+
+@pytest.mark.ray
+def test_only_bad_photos_is_an_error_that_says_so(ray_cluster: None, tmp_path: Path) -> None:
+    for k in range(40):
+        (tmp_path / f"{k}.jpg").write_text("hello")
+    with pytest.raises(DataError, match=r"none of the 40 photos of folder.*NOT_AN_IMAGE"):
+        run(open_dataset(f"folder:{tmp_path}"), tmp_path / "out")
+    assert len(quarantine_in(tmp_path / "out")) == 40
+
+
+@pytest.mark.ray
+def test_a_computation_that_always_fails_stops_the_run(
+    photos: Dataset, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(precompute.ChunkWorker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.extractor = None  # type: ignore[assignment]
+
+    monkeypatch.setattr(precompute, "ChunkWorker", Broken)
+    with pytest.raises(RuntimeError, match=r"failed for every photo: photo_000: INTERNAL: .*NoneType"):
+        run(photos, tmp_path)
+    assert files_of(tmp_path) == {}
+
+
+@pytest.mark.ray
+def test_a_photo_that_kills_its_worker_is_set_aside(
+    photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crashing(precompute.ChunkWorker):
+        def tree(self, photo: precompute.Photo) -> Any:
+            if photo[0] == "photo_007":
+                os._exit(1)
+            return super().tree(photo)
+
+    monkeypatch.setattr(precompute, "ChunkWorker", Crashing)
+    monkeypatch.setattr(precompute, "RETRIES", 0)
+    output = run(photos, tmp_path, chunk_images=4)
+    assert quarantine_in(tmp_path) == {"photo_007": ("worker", "INTERNAL")}
+    expected = rows_in(undisturbed[0])
+    del expected["photo_007"]
+    assert rows_in(tmp_path) == expected
+    assert output.summary["images"] == 23
+
+
+@pytest.mark.ray
+def test_a_storage_that_cannot_be_written_stops_the_run(photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("a file where the directory should be")
+    listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
+    storage, progress = Storage(str(tmp_path / "full")), Progress("trees", 24, "images")
+    with pytest.raises(StorageError, match=r"cannot write trees-.*\.parquet in .*full"):
+        precompute.compute_all(listed, FEATURES, DataConfig(), Resources(), storage, progress)
+
+
+@pytest.mark.ray
+def test_a_rerun_computes_only_what_is_missing(
+    photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path
+) -> None:
+    """Damaged, deleted and torn files among whole parts, and other chunks than the first time."""
+    write_all_parts(photos, tmp_path, 4)
+    names = sorted(files_of(tmp_path))
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-20])
+    (tmp_path / f"{TEMPORARY}0123").write_bytes(b"torn")
+    kept = {name: file for name, file in files_of(tmp_path).items() if name in names[2:]}
+    output = run(photos, tmp_path, chunk_images=7)
+    assert output.digest == undisturbed[1].digest
+    assert kept.items() <= files_of(tmp_path).items()
+    assert len(output.parts) == 4 + 2
+    assert rows_in(tmp_path) == rows_in(undisturbed[0])
+    assert not (tmp_path / f"{TEMPORARY}0123").exists()
+
+
+def test_what_is_finished_starts_nothing(photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when all parts are there but no manifest, nor when there is one: without Ray this would fail."""
+    config = {"dataset": photos.digest()}
+    stage = Stage(name="trees", version=precompute.VERSION, config=config, run=lambda _, out: run(photos, out))
+    root = Storage(str(tmp_path))
+    directory = Path(stage.directory(root).uri)
+    write_all_parts(photos, directory, 5)
+    before = files_of(directory)
+    monkeypatch.setattr(precompute.cluster, "cluster", None)
+    out = ensure(stage, root)
+    assert read_manifest(out)["summary"]["images"] == 24
+    monkeypatch.setattr(precompute, "precompute", None)
+    assert ensure(stage, root) == out
+    assert files_of(directory) == before
+    assert verify_trees(out) == []
+    assert sorted(TreeReader(out).image_ids) == sorted(photos.image_ids)
+
+
+@pytest.mark.ray
+def test_a_network_goes_the_same_way(ray_cluster: None, tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("vit_small_patch8_224", num_classes=0)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    config = FeaturesConfig(extractor="dino_vits8", weights=str(tmp_path / "weights.pth"))
+    dataset = write_photos(tmp_path / "photos", 4)
+    out = Storage(str(tmp_path / "out"))
+    output = precompute.precompute(dataset, config, DataConfig(), Resources(chunk_images=3), out)
+    assert output.summary["images"] == 4
+    extractor = build_extractor(config)
+    for image_id, row in rows_in(tmp_path / "out").items():
+        image = read_image(dataset.image_path(image_id))
+        tree = merge(extractor(extractor.prepare(image)[None])[0], extractor.grid(*image.shape[:2]))
+        assert row["children"] == tree.children.ravel().tolist()
+
+
+# -- interrupted processes -------------------------------------------------------------------------------------------
+
+CHILD = """
+    import sys
+    from mis_platform.config import DataConfig, FeaturesConfig, Resources
+    from mis_platform.data.benchmarks import open_dataset
+    from mis_platform.stages.precompute import precompute
+    from mis_platform.storage import Storage
+
+    if __name__ == "__main__":
+        out = Storage(sys.argv[2])
+        with out.lock():
+            precompute(
+                open_dataset("folder:" + sys.argv[1]),
+                FeaturesConfig(extractor="color_texture"),
+                DataConfig(),
+                Resources(chunk_images=2),
+                out,
+            )
+    """
+
+
+def start_child(folder: Path, out: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(out)]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+
+
+def running() -> dict[int, tuple[int, str]]:
+    """Process id -> its parent and its start time, of all processes that have not ended."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            found[int(entry.name)] = (int(fields[1]), fields[19])
+    return found
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process id -> start time of the children of a process, and of theirs."""
+    family, processes = {pid: ""}, running()
+    while more := {k: start for k, (parent, start) in processes.items() if parent in family and k not in family}:
+        family |= more
+    del family[pid]
+    return family
+
+
+def wait_until_gone(family: dict[int, str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while left := {pid for pid, (_, start) in running().items() if family.get(pid) == start}:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+def wait_for_parts(out: Path, count: int, child: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while len(list(out.glob("trees-*.parquet"))) < count:
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline, "no parts in time"
+        time.sleep(0.01)
+
+
+def interrupt(folder: Path, out: Path, parts: int, delay: float, sent: signal.Signals) -> float:
+    """Start a run, signal its process group once there are `parts` parts and `delay` seconds passed; seconds to die."""
+    with start_child(folder, out) as child:
+        wait_for_parts(out, parts, child)
+        time.sleep(delay)
+        family = descendants(child.pid)
+        assert family, "Ray's processes"
+        began = time.monotonic()
+        os.killpg(child.pid, sent)
+        child.communicate(timeout=60)
+        seconds = time.monotonic() - began
+    wait_until_gone(family, 10)
+    return seconds
+
+
+@pytest.fixture(scope="module")
+def slow_photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Enough work that a run can be hit in the middle."""
+    folder = tmp_path_factory.mktemp("many")
+    write_photos(folder, 160)
+    return open_dataset(f"folder:{folder}")
+
+
+def resume_after(dataset: Dataset, out: Path, stops: list[tuple[signal.Signals, int, float]]) -> None:
+    for sent, parts, delay in stops:
+        assert interrupt(dataset.root, out, parts, delay, sent) < 15
+        finished = {each.part.name for each in precompute.finished_parts(Storage(str(out)), dataset.image_ids)}
+        assert finished == set(files_of(out)), "a part was torn"
+    kept = files_of(out)
+    assert 0 < len(kept) < 80
+    output = run(dataset, out, chunk_images=16)
+    assert kept.items() <= files_of(out).items(), "a whole part was written again"
+    assert sorted(rows_in(out)) == sorted(dataset.image_ids)
+    expected = combine_digests([precompute.row_digest(row) for row in expected_rows(dataset)])
+    assert output.digest == expected
+    assert not [name for name in os.listdir(out) if name.startswith(TEMPORARY)]
+
+
+@pytest.mark.ray
+def test_killed_twice_and_resumed(slow_photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    resume_after(slow_photos, tmp_path / "out", [(signal.SIGKILL, 3, 0.05), (signal.SIGKILL, 20, 0.3)])
+
+
+@pytest.mark.ray
+def test_stopped_with_ctrl_c_and_resumed(slow_photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    resume_after(slow_photos, tmp_path / "out", [(signal.SIGINT, 5, 0.1)])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_many_times_and_resumed(slow_photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    stops = [(signal.SIGKILL, 2 + 3 * k, rng.uniform(0, 0.2)) for k in range(20)]
+    resume_after(slow_photos, tmp_path / "out", stops)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_workers_are_replaced(slow_photos: Dataset, tmp_path: Path) -> None:
+    """A worker dies every two seconds, six times."""
+    out = tmp_path / "out"
+    with start_child(slow_photos.root, out) as child:
+        for k in range(6):
+            wait_for_parts(out, 1 + 5 * k, child)
+            names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(child.pid)}
+            workers = [pid for pid, name in names.items() if "MapWorker" in name]
+            os.kill(workers[k % len(workers)], signal.SIGKILL)
+            time.sleep(2)
+        log, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, log
+    assert sorted(rows_in(out)) == sorted(slow_photos.image_ids)

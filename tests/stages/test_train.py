@@ -1,0 +1,196 @@
+"""Training on Ray: any number of workers, any interruption, one result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.state import list_workers
+from training_material import make_material, tiny_run
+
+from mis_platform.artifacts import sha256
+from mis_platform.config import Resources, Run
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.model.weights import load_model, read_config
+from mis_platform.stages.train import plan, train
+from mis_platform.stages.training_loop import TrainingDiverged, complete_steps, load_history
+from mis_platform.storage import Storage
+
+Material = tuple[Dataset, Storage]
+Metrics = dict[str, float]
+
+STEPS, BATCH = 12, 4
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return make_material(tmp_path_factory.mktemp("material"), count=5)
+
+
+def short_run(**settings: object) -> Run:
+    return tiny_run(**{"batch_size": BATCH, "epochs": 100, "max_steps": STEPS, **settings})
+
+
+def resources(**settings: object) -> Resources:
+    return Resources.model_validate({"log_every": 1, "checkpoint_every": 4, **settings})
+
+
+def losses(rows: list[Metrics]) -> list[Metrics]:
+    """History rows without what depends on the machine's mood."""
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+class Recorder:
+    """on_metrics that remembers, and does something at one step."""
+
+    def __init__(self, at: int = 0, action: Callable[[], object] | None = None) -> None:
+        self.rows: list[Metrics] = []
+        self.at, self.action = at, action
+
+    def __call__(self, step: int, metrics: Metrics) -> None:
+        self.rows.append({"step": step, **metrics})
+        if step == self.at and self.action:
+            action, self.action = self.action, None
+            action()
+
+
+@pytest.fixture(scope="module")
+def straight(
+    ray_cluster: None, material: Material, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Storage, Recorder]:
+    """One worker, nothing happens."""
+    out, recorder = Storage(str(tmp_path_factory.mktemp("straight"))), Recorder()
+    train(*(material[0], short_run(), material[1], resources(), out), recorder)
+    return out, recorder
+
+
+@pytest.mark.ray
+def test_a_training_leaves_a_model_its_history_and_two_checkpoints(
+    material: Material, straight: tuple[Storage, Recorder]
+) -> None:
+    out, recorder = straight
+    assert [row["step"] for row in recorder.rows] == list(range(1, STEPS + 1))
+    history = [json.loads(line) for line in out.read_bytes("history.jsonl").splitlines()]
+    assert history == recorder.rows
+    names = {"loss", "loss_mask", "loss_smooth", "iou", "gradient_norm", "learning_rate", "images_per_second"}
+    assert set(history[0]) == {"step", *names}
+    assert complete_steps(out) == [8, 12]
+    assert out.local is not None
+    model = load_model(out.local)
+    assert (model.variant, model.image_size) == ("vit_xt", (224, 224))
+    assert read_config(out.local)["run"]["train"]["batch_size"] == BATCH
+    # A second call finds everything done: it needs no cluster and repeats every step to its caller.
+    again = Recorder()
+    started = time.monotonic()
+    output = train(material[0], short_run(), material[1], resources(), out, again)
+    assert time.monotonic() - started < 5
+    assert again.rows == history
+    assert output.digest == sha256(out.read_bytes("model.safetensors"))
+    assert {part.name for part in output.parts} == {"model.safetensors", "config.json", "history.jsonl"}
+    assert output.summary["steps"] == STEPS
+
+
+@pytest.mark.ray
+def test_two_workers_follow_the_same_curve_even_stopped_by_ctrl_c(
+    material: Material, straight: tuple[Storage, Recorder], tmp_path: Path
+) -> None:
+    def press_ctrl_c() -> None:
+        raise KeyboardInterrupt
+
+    out, recorder = Storage(str(tmp_path)), Recorder(3, press_ctrl_c)
+    arguments = (material[0], short_run(max_steps=8), material[1], resources(num_workers=2, checkpoint_every=100), out)
+    with pytest.raises(KeyboardInterrupt):
+        train(*arguments, recorder)
+    (stopped,) = complete_steps(out)
+    assert 3 <= stopped <= 8
+    train(*arguments, recorder)
+    both = zip(load_history(out, 8), straight[1].rows[:8], strict=True)
+    assert [one["loss"] for one, _ in both] == pytest.approx([row["loss"] for row in straight[1].rows[:8]], rel=1e-4)
+    assert {row["step"] for row in recorder.rows} == set(range(1, 9))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from training_material import make_material
+from test_train import Recorder, resources, short_run
+from mis_platform.stages.cluster import cluster
+from mis_platform.stages.train import train
+from mis_platform.storage import Storage
+
+folder = Path(sys.argv[1])
+dataset, trees = make_material(folder / "material", count=5)
+with cluster():
+    kill = lambda: os.killpg(0, signal.SIGKILL)
+    train(dataset, short_run(), trees, resources(), Storage(str(folder / "out")), Recorder(7, kill))
+"""
+
+
+@pytest.mark.ray
+def test_a_killed_training_continues_to_the_bit(
+    material: Material, straight: tuple[Storage, Recorder], tmp_path: Path
+) -> None:
+    """The driver's whole process group gets SIGKILL at step 7; in the continued training, the worker at step 10."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    out, recorder = Storage(str(tmp_path / "out")), Recorder(10, kill_train_worker)
+    assert complete_steps(out)[-1] in (4, 8)
+    train(material[0], short_run(), material[1], resources(), out, recorder)
+    assert recorder.action is None
+    assert losses(recorder.rows) == losses(straight[1].rows)
+    assert losses(load_history(out, STEPS)) == losses(straight[1].rows)
+    assert out.read_bytes("model.safetensors") == straight[0].read_bytes("model.safetensors")
+
+
+def kill_train_worker() -> None:
+    own = ray.get_runtime_context().get_job_id()
+    for worker in list_workers(filters=[("is_alive", "=", True), ("job_id", "=", own)], detail=True):
+        name = Path(f"/proc/{worker.pid}/cmdline").read_bytes().decode(errors="replace")
+        if name.startswith("ray::RayTrainWorker"):
+            os.kill(worker.pid, signal.SIGKILL)
+            return
+    raise AssertionError("no training worker is running")
+
+
+@pytest.mark.ray
+def test_divergence_on_any_worker_is_reported_once(ray_cluster: None, material: Material, tmp_path: Path) -> None:
+    run = short_run(learning_rate=1e30, max_steps=6)
+    recorder = Recorder()
+    with pytest.raises(TrainingDiverged, match=r"not finite at step [23] .*images: 00\d, 00\d, 00\d, 00\d$"):
+        train(material[0], run, material[1], resources(num_workers=2, max_failures=3), Storage(str(tmp_path)), recorder)
+    assert 1 <= len(recorder.rows) <= 2
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_too_small_is_refused_with_the_arithmetic(ray_cluster: None) -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    with pytest.raises(
+        ValueError, match=rf"needs at least {cpus * 10} x 0.1 = {cpus} CPUs, .* of the cluster's {cpus}"
+    ):
+        plan(Resources(num_workers=cpus * 10))
+    if "GPU" not in ray.cluster_resources():
+        with pytest.raises(ValueError, match="needs 1 GPUs, the cluster has 0"):
+            plan(Resources(use_gpu=True))
+    for workers in range(1, 4 * cpus):
+        scaling, loaders, threads = plan(Resources(num_workers=workers))
+        assert scaling.total_resources["CPU"] <= 0.9 * cpus
+        assert min(loaders, threads) >= 1
+
+
+def test_a_batch_that_the_workers_cannot_share_is_refused_before_ray(material: Material, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_workers=3; numbers of workers that can: 1, 2, 4"):
+        train(material[0], short_run(), material[1], resources(num_workers=3), Storage(str(tmp_path)), Recorder())

@@ -1,0 +1,118 @@
+"""The command line: what a person types, the exit code, and the one line that says what to do."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mis_platform import cli
+
+
+def mis(*arguments: str) -> int:
+    """Exit code of `mis ARGUMENTS`, run in this process."""
+    argv, sys.argv = sys.argv, ["mis", *arguments]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = argv
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--help"], 0, "precompute"),
+        (["trian"], 2, "No such command"),
+        (["train", "--epochs", "3"], 2, "No such option"),
+        (["train", "--set", "train.epoch=1"], 2, "did you mean train.epochs?"),
+        (["train", "--set", "sampling.alpha=1.5"], 2, "sampling.alpha must lie in [0, 1)"),
+        (["precompute", "--set", "resources.chunk_images=0"], 2, "greater than or equal to 1"),
+        (["precompute", "--dataset", "graabcut:/nowhere"], 3, "grabcut"),
+        (["precompute", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
+        (["data", "verify", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
+        (["eval", "--dataset", "grabcut:/nowhere"], 3, "/nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_exit_code_and_one_line(arguments, code, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mis(*arguments) == code
+    printed = capsys.readouterr()
+    assert expected in printed.out + printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_missing_weights_name_the_way_out(photos, capsys, tmp_path):
+    weights = tmp_path / "none.pth"
+    code = mis(
+        "precompute", "--dataset", f"folder:{photos}", "--set", f"features.weights={weights}", "--root", str(tmp_path)
+    )
+    assert code in {2, 3}
+    assert "color_texture" in capsys.readouterr().err
+
+
+def test_eval_without_a_model_says_how_to_get_one(photos, capsys, tmp_path):
+    assert mis("eval", "--dataset", f"folder:{photos}", "--root", str(tmp_path / "root")) == 3
+    assert "mis train" in capsys.readouterr().err
+
+
+def test_an_unwritable_root_is_refused_before_anything_starts(photos, capsys, tmp_path):
+    root = tmp_path / "file"
+    root.write_text("not a folder")
+    arguments = ["precompute", "--dataset", f"folder:{photos}", "--set", "features.extractor=color_texture"]
+    assert mis(*arguments, "--root", str(root)) == 2
+    assert "choose another --root" in capsys.readouterr().err
+    if os.geteuid() != 0:  # root may write anywhere
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o500)
+        assert mis(*arguments, "--root", str(closed)) == 2
+
+
+def test_dry_run_says_what_is_missing_and_writes_nothing(photos, capsys, tmp_path):
+    root = tmp_path / "root"
+    arguments = ["--dataset", f"folder:{photos}", "--set", "features.extractor=color_texture", "--root", str(root)]
+    tiny = ["--set", "model.variant=vit_xt", "--set", "model.init=random"]
+    assert mis("train", *arguments, *tiny, "--dry-run") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["missing", "missing"]
+    assert "/trees/" in printed[0]
+    assert "/checkpoint/" in printed[1]
+    assert not root.exists()
+
+
+def test_show_lists_every_setting_and_marks_changes(photos, capsys, tmp_path):
+    from mis_platform.config import Run, flatten
+
+    arguments = [
+        "--dataset",
+        f"folder:{photos}",
+        "--set",
+        "sampling.alpha=0.8",
+        "--set",
+        "features.extractor=color_texture",
+    ]
+    assert mis("show", *arguments, "--root", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in flatten(Run()))
+    assert "sampling.alpha" in printed
+    assert "(default 0.9)" in printed
+
+
+def test_verify_finds_a_broken_photo(photos, capsys):
+    (photos / "d.png").write_bytes((photos / "a.png").read_bytes()[:100])
+    assert mis("data", "verify", "--dataset", f"folder:{photos}") == 3
+    assert "d" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""Imports only point down, each heavy dependency has one home, and the data path runs no foreign code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mis_platform"
+HEAVY = {
+    *("cv2", "matplotlib", "mlflow", "numba", "numpy", "PIL", "pyarrow", "pydantic", "ray", "safetensors"),
+    *("scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "typer"),
+}
+
+# place -> (heavy packages it may import, parts of this package it may import)
+ALLOWED: dict[str, tuple[set[str], set[str]]] = {
+    "simulation": ({"numba", "numpy"}, {"config"}),
+    "model": (
+        {"cv2", "numpy", "PIL", "safetensors", "timm", "torch", "torchvision"},
+        {"config", "errors", "simulation"},
+    ),
+    "evaluation": ({"cv2", "numpy", "pyarrow", "torch"}, {"config", "errors", "model", "simulation"}),
+    "data": (
+        {"cv2", "numpy", "PIL", "pyarrow", "scipy", "skimage", "sklearn", "torch", "torchvision"},
+        {"artifacts", "config", "errors", "simulation", "storage"},
+    ),
+    "stages": (
+        {"cv2", "numpy", "pyarrow", "ray", "torch"},
+        {"artifacts", "config", "data", "errors", "evaluation", "model", "progress", "simulation", "storage"},
+    ),
+    "config.py": ({"pydantic"}, set()),
+    "errors.py": (set(), set()),
+    "progress.py": (set(), set()),
+    "storage.py": ({"pyarrow"}, set()),
+    "artifacts.py": (set(), {"config", "errors", "storage"}),
+    "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "storage"}),
+    "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
+    "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
+    "cli.py": (
+        {"typer"},
+        {"artifacts", "config", "data", "errors", "jobs", "pipeline", "quickstart", "report"}
+        | {"stages", "storage", "tracking"},
+    ),
+}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, in functions too; type-checking blocks count as well."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_imports_point_downwards(place: str) -> None:
+    heavy, parts = ALLOWED[place]
+    target = PACKAGE / place
+    files = [target] if target.suffix == ".py" else sorted(target.rglob("*.py"))
+    assert files, f"{place} is gone: update this table"
+    own = place.removesuffix(".py")
+    for file in files:
+        for name in imports_of(file):
+            top, *rest = name.split(".")
+            if top == "mis_platform":
+                assert not rest or rest[0] in parts | {own, "__version__"}, f"{file.name} imports {name}"
+            else:
+                assert top not in HEAVY - heavy, f"{file.name} imports {name}"
+
+
+def test_only_tracking_knows_mlflow() -> None:
+    users = {
+        file.name for file in PACKAGE.rglob("*.py") if any(name.split(".")[0] == "mlflow" for name in imports_of(file))
+    }
+    assert users == {"tracking.py"}
+
+
+def calls_of(tree: ast.AST) -> list[tuple[str, set[str]]]:
+    return [
+        (
+            ast.unparse(node.func),
+            {keyword.arg or "**" for keyword in node.keywords if keyword.arg != "shell"}
+            | {
+                "shell" for keyword in node.keywords if keyword.arg == "shell" and ast.unparse(keyword.value) != "False"
+            },
+        )
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_nothing_runs_code_from_data(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf8"))
+    assert not {name.split(".")[0] for name in imports_of(file)} & {
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "shelve",
+        "marshal",
+    }
+    for function, keywords in calls_of(tree):
+        assert function not in {"eval", "exec", "compile", "os.system", "yaml.load", "torch.hub.load", "__import__"}, (
+            function
+        )
+        assert "shell" not in keywords, function
+        if function == "torch.load":
+            assert "weights_only" in keywords
+        if function in {"np.load", "numpy.load"}:
+            assert "allow_pickle" not in keywords
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["precompute", "--help"], ["train", "--set", "train.epoch=1"], ["trian"]]
+)
+def test_help_and_typos_answer_without_heavy_imports(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom mis_platform import cli\nsys.argv = ['mis', *sys.argv[1:]]\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'ray', 'torch', 'mlflow', 'numba', 'pyarrow', 'matplotlib', 'cv2'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr

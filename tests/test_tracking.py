@@ -1,0 +1,465 @@
+"""Runs in a real MLflow store: one run a fingerprint, every point once, and a store that is away costs nothing."""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from mis_platform import tracking
+from mis_platform.config import Resources, Run, fingerprint, flatten
+from mis_platform.storage import Storage
+
+ABOUT: dict[str, Any] = {
+    "experiment": "mis",
+    "name": "first",
+    "fingerprint": "0123456789abcdef",
+    "params": {"train.seed": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables; making one takes a second or two, so the tests copy it."""
+    folder = tmp_path_factory.mktemp("store")
+    tracking.connect(Storage(str(folder)))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path) -> Storage:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return Storage(str(tmp_path))
+
+
+def the_run(root: Storage) -> Any:
+    client = tracking.connect(root)
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    return run
+
+
+def points(root: Storage, name: str) -> list[tuple[int, float]]:
+    history = tracking.connect(root).get_metric_history(the_run(root).info.run_id, name)
+    return sorted((point.step, point.value) for point in history)
+
+
+# -- what is recorded ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_its_settings_curves_and_pictures(root: Storage, tmp_path: Path) -> None:
+    settings = Run()
+    params = {**flatten(settings), **flatten(Resources(), "resources.")}
+    figure = Figure(figsize=(1, 1))
+    figure.add_subplot().plot([0, 1])
+    photo = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    about = {**ABOUT, "fingerprint": fingerprint(settings), "params": params}
+    with tracking.open_run(root, **about, tags={"mis.protocol": "abcd"}) as tracker:
+        tracker.log_metrics({"train/loss": 0.75, "train/smooth": 2.0}, step=10)
+        tracker.log_metrics({"train/loss": 0.5, "train/smooth": 1.0}, step=20)
+        tracker.log_metrics({"grabcut/noc85": 1.94, "grabcut/noc90": 2.32})
+        tracker.log_curve("grabcut/iou", np.array([0.8, 0.9, 0.95], np.float32))
+        tracker.log_figure(figure, "figures/line.png")
+        tracker.log_image(photo, "images/photo.png")
+        tracker.log_text("| NoC |", "tables/noc.md")
+        tracker.log_dataset("grabcut", "f" * 64, "/data/GrabCut", "evaluation")
+        tracker.set_model(Storage("/models/one"))
+        run_id = tracker.run_id
+
+    run = the_run(root)
+    assert run.info.run_id == run_id
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    assert len(run.data.params) == len(params)
+    assert run.data.params["train.smooth_weight"] == "10.0"
+    assert run.data.params["train.decay_epochs"] == "50"
+    assert run.data.params["train.max_steps"] == "none"
+    assert run.data.params["eval.target_iou"] == "0.9"
+    assert run.data.tags["mis.fingerprint"] == fingerprint(settings)
+    assert run.data.tags["mis.protocol"] == "abcd"
+    assert points(root, "train/loss") == [(10, 0.75), (20, 0.5)]
+    assert points(root, "grabcut/noc85") == [(0, 1.94)]
+    assert points(root, "grabcut/iou") == [(k, float(np.float32(v))) for k, v in ((1, 0.8), (2, 0.9), (3, 0.95))]
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("grabcut", "f" * 36)
+    assert json.loads(given.dataset.source) == {"uri": "/data/GrabCut"}
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "evaluation")]
+    artifacts = Path(run.info.artifact_uri)
+    assert artifacts.is_relative_to(tmp_path / "mlflow-artifacts")
+    np.testing.assert_array_equal(np.asarray(Image.open(artifacts / "images/photo.png").convert("RGB")), photo)
+    assert Image.open(artifacts / "figures/line.png").size == (100, 100)
+    assert (artifacts / "tables/noc.md").read_text() == "| NoC |"
+    assert not list(tmp_path.glob("mlflow-spool/*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("no luck"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (None, "FINISHED")]
+)
+def test_the_end_of_a_run_is_its_status(root: Storage, error: BaseException | None, status: str) -> None:
+    def work() -> None:
+        with tracking.open_run(root, **ABOUT):
+            assert the_run(root).info.status == "RUNNING"
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(type(error)):
+            work()
+    assert the_run(root).info.status == status
+    if status == "FAILED":
+        assert the_run(root).data.tags["mis.error"] == "RuntimeError: no luck"
+
+
+def test_nothing_secret_reaches_the_store(
+    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    canary, password = "canary-5d1f0a", "hunter2hunter2"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canary)
+    about = {**ABOUT, "params": {"data": f"s3://key:{password}@bucket/x"}}
+
+    def work() -> None:
+        with tracking.open_run(root, **about, tags={"from": f"token {canary}"}) as tracker:
+            tracker.log_text(f"read with {canary}", "log.txt")
+            tracker.log_dataset("x", "d", f"s3://key:{password}@bucket/x", "training")
+            raise RuntimeError(f"cannot log in with {canary}")
+
+    with pytest.raises(RuntimeError):
+        work()
+    assert the_run(root).data.params["data"] == "s3://***@bucket/x"
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) >= 2
+    for secret in (canary, password):
+        assert not any(secret.encode() in data for data in written)
+        assert secret not in caplog.text
+
+
+def test_a_tracker_does_not_travel(root: Storage) -> None:
+    with tracking.open_run(root, **ABOUT) as tracker, pytest.raises(TypeError, match="driver"):
+        pickle.dumps(tracker)
+
+
+# -- once ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_fingerprint_is_the_same_run(root: Storage) -> None:
+    with tracking.open_run(root, **ABOUT) as tracker:
+        tracker.log_metrics({"loss": 1.0}, step=1)
+    with tracking.open_run(root, **{**ABOUT, "params": {"train.seed": 0, "resources.num_workers": 2}}) as again:
+        assert again.run_id == tracker.run_id
+        assert the_run(root).info.status == "RUNNING"
+        again.log_metrics({"loss": 9.0}, step=1)
+        again.log_metrics({"loss": 0.5}, step=2)
+    assert points(root, "loss") == [(1, 1.0), (2, 0.5)]
+    with tracking.open_run(root, **{**ABOUT, "params": {"resources.num_workers": 4}}):
+        pass
+    run = the_run(root)
+    assert run.data.params == {"train.seed": "0", "resources.num_workers": "2"}
+    assert run.data.tags["latest.resources.num_workers"] == "4"
+    assert run.data.tags["mis.attempt"] == "3"
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "f" * 16}) as other:
+        assert other.run_id != tracker.run_id
+
+
+def test_points_of_a_killed_process_are_not_doubled(root: Storage) -> None:
+    script = f"""
+import os, signal
+from mis_platform import tracking
+from mis_platform.storage import Storage
+tracker = tracking.open_run(Storage({root.uri!r}), **{ABOUT!r})
+for step in range(10):
+    tracker.log_metrics({{"loss": float(step), "rate": 1.0}}, step)
+tracker.flush()
+tracker.log_metrics({{"loss": 10.0, "rate": 1.0}}, 10)  # never sent
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert points(root, "loss") == [(step, float(step)) for step in range(10)]
+    with tracking.open_run(root, **ABOUT) as tracker:
+        for step in range(8, 12):  # resumed from the checkpoint of step 8
+            tracker.log_metrics({"loss": float(step), "rate": 1.0}, step)
+    assert points(root, "loss") == [(step, float(step)) for step in range(12)]
+    assert points(root, "rate") == [(step, 1.0) for step in range(12)]
+    assert the_run(root).info.status == "FINISHED"
+
+
+def test_more_points_than_one_batch_holds(root: Storage) -> None:
+    with tracking.open_run(root, **ABOUT) as tracker:
+        tracker.log_curve("long", np.arange(2501), first_step=0)
+        tracker.log_curve("long", np.arange(2501), first_step=0)
+    assert points(root, "long") == [(step, float(step)) for step in range(2501)]
+
+
+def test_metrics_arrive_while_the_run_lasts(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.0)
+    with tracking.open_run(root, **ABOUT) as tracker:
+        tracker.log_metrics({"loss": float("nan")}, step=3)
+        ((step, value),) = points(root, "loss")
+        assert step == 3
+        assert np.isnan(value)
+
+
+def test_four_processes_meet_at_a_new_root(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+from mis_platform import tracking
+from mis_platform.storage import Storage
+print("ready", flush=True)
+sys.stdin.readline()
+about = {ABOUT!r}
+with tracking.open_run(Storage({str(tmp_path)!r}), **about) as shared:
+    pass
+about["fingerprint"] = sys.argv[1]
+with tracking.open_run(Storage({str(tmp_path)!r}), **about) as own:
+    own.log_metrics({{"loss": 1.0}}, 1)
+print(shared.run_id, own.run_id)
+"""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", script, f"own-{number}"], text=True, **pipes) for number in range(4)
+    ]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    answers = []
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    for worker in workers:
+        out, noise = worker.communicate(timeout=90)
+        assert worker.returncode == 0, noise
+        assert noise == ""
+        answers.append(out.split())
+    assert len({shared for shared, _ in answers}) == 1
+    assert len({own for _, own in answers}) == 4
+    client = tracking.connect(Storage(str(tmp_path)))
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert sorted(run.info.status for run in runs) == ["FINISHED"] * 5
+
+
+def test_a_killed_initialisation_leaves_no_half_store(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-mlflow.db").write_bytes(b"half a database")
+    with tracking.open_run(Storage(str(tmp_path)), **ABOUT):
+        pass
+    assert the_run(Storage(str(tmp_path))).info.status == "FINISHED"
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("pragma integrity_check").fetchone() == ("ok",)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+# -- a store that is away --------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_server_that_is_down_costs_nothing_and_loses_nothing(
+    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2hunter2@127.0.0.1:{free_port()}")
+        with tracking.open_run(root, **ABOUT) as tracker:
+            assert tracker.run_id is None
+            for step in range(200):
+                tracker.log_metrics({"loss": 1.0 / (step + 1)}, step)
+            tracker.log_image(np.zeros((2, 2, 3), np.uint8), "images/black.png")
+            tracker.log_dataset("photos", "d1", "/photos", "training")
+    assert caplog.text.count("does not answer") == 1
+    assert "hunter2" not in caplog.text
+    (spool,) = tmp_path.glob("mlflow-spool/*")
+    assert (spool / "files/images/black.png").exists()
+
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):  # the store is back, for any run
+        pass
+    assert not list(tmp_path.glob("mlflow-spool/*"))
+    client = tracking.connect(root)
+    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"train.seed": "0"}
+    assert run.inputs.dataset_inputs[0].dataset.name == "photos"
+    assert (Path(run.info.artifact_uri) / "images/black.png").exists()
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == [(k, 1.0 / (k + 1)) for k in range(200)]
+
+
+def test_a_run_killed_while_the_server_is_down_is_recorded_as_killed(root: Storage) -> None:
+    script = f"""
+import os, signal
+from mis_platform import tracking
+from mis_platform.storage import Storage
+os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{free_port()}"
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+tracker = tracking.open_run(Storage({root.uri!r}), **{ABOUT!r})
+tracker.log_metrics({{"loss": 0.5}}, 1)
+tracker.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+        pass
+    client = tracking.connect(root)
+    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
+    assert run.info.status == "KILLED"
+    assert run.data.metrics == {"loss": 0.5}
+
+
+def test_the_spool_of_a_living_process_is_left_alone(root: Storage, tmp_path: Path) -> None:
+    with tracking.open_run(root, **ABOUT) as alive:
+        file = alive._spool.new_file("waiting.txt")
+        file.write_text("not yet sent")
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+            pass
+        assert file.exists()
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """Passes nothing on: every request is refused with 503."""
+
+    requests = 0
+
+    def refuse(self) -> None:
+        Flaky.requests += 1
+        self.send_response(503)
+        self.end_headers()
+
+    do_GET = do_POST = do_PATCH = refuse
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Flaky)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_overloaded_server_is_not_asked_at_every_step(
+    root: Storage, refusing_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", refusing_server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.0)
+    Flaky.requests = 0
+    with tracking.open_run(root, **ABOUT) as tracker:
+        asked = Flaky.requests
+        assert asked >= 1
+        for step in range(50):
+            tracker.log_metrics({"loss": 1.0}, step)
+        assert Flaky.requests == asked
+
+
+class Forgetful(MlflowClient):
+    """A store that takes a batch and loses its answer on the way back, once."""
+
+    lost = False
+
+    def log_batch(self, *arguments: Any, **keywords: Any) -> Any:
+        answer = super().log_batch(*arguments, **keywords)
+        if keywords.get("metrics") and not self.lost:
+            self.lost = True
+            raise ConnectionResetError("answer lost")
+        return answer
+
+
+def test_a_lost_answer_does_not_double_points(root: Storage, tmp_path: Path) -> None:
+    client = Forgetful(tracking.tracking_uri(root))
+    opening = {**ABOUT, "tags": {"mis.fingerprint": ABOUT["fingerprint"]}, "opened": 1}
+    tracker = tracking.Tracker(tracking._Sender(client, None), tracking._Spool(tmp_path / "spool"), opening)
+    tracker.start()
+    tracker.log_curve("loss", [3.0, 2.0, 1.0])
+    tracker.flush()
+    tracker.close()
+    assert client.lost
+    assert points(root, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_what_the_store_refuses_for_good_is_left_out(root: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    with tracking.open_run(root, **ABOUT) as tracker:
+        tracker.log_metrics({"NoC@85": 1.0})  # MLflow allows no @
+        tracker.flush()
+        tracker.log_metrics({"loss": 1.0}, 1)
+    assert caplog.text.count("refuses metrics") == 1
+    assert points(root, "loss") == [(1, 1.0)]
+    assert the_run(root).info.status == "FINISHED"
+
+
+# -- addresses -------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_names_the_store(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.tracking_uri(root) == f"sqlite:///{root.uri}/mlflow.db"
+    with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
+        tracking.tracking_uri(Storage("s3://bucket/prefix"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking.tracking_uri(Storage("s3://bucket/prefix")) == "http://server:5000"
+    with pytest.raises(ValueError, match="open http://server:5000 in a browser"):
+        tracking.ui_command(root)
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "file:///tmp/mlruns"])
+def test_a_store_of_another_kind_is_refused(root: Storage, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match="MLflow"):
+        tracking.open_run(root, **ABOUT)
+
+
+def test_the_ui_stays_on_the_loopback_address(root: Storage) -> None:
+    command = tracking.ui_command(root, port=5123)
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--port") + 1] == "5123"
+    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{root.uri}/mlflow.db"
+
+
+def test_a_model_is_found_by_run_or_fingerprint(root: Storage) -> None:
+    with tracking.open_run(root, **ABOUT) as first:
+        first.set_model(Storage("/models/first"))
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "0123ffffffffffff"}) as second:
+        second.set_model(Storage("/models/second"))
+    assert first.run_id is not None
+    assert tracking.find_model(root, first.run_id) == Storage("/models/first")
+    assert tracking.find_model(root, "0123f") == Storage("/models/second")
+    with pytest.raises(ValueError, match=r"2 models .*'0123'"):
+        tracking.find_model(root, "0123")
+    with pytest.raises(ValueError, match="no run with a model"):
+        tracking.find_model(root, "beef")
+
+
+def test_importing_it_turns_usage_reports_off() -> None:
+    environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}  # not CI, not pytest
+    code = (
+        "from mis_platform import tracking\n"
+        "from mlflow.telemetry.utils import is_telemetry_disabled\n"
+        "print(is_telemetry_disabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True\n", "")
