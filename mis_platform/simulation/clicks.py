@@ -29,7 +29,7 @@ def points_array(clicks: Sequence[Click], num: int | None = None) -> np.ndarray:
     The first `num` rows are the positive clicks, the others the negative ones, unused rows are (-1, -1, -1).
     num: clicks per sign; by default just enough, and at least one. ValueError if `num` is too small.
     """
-    signs = [[(index, click) for index, click in enumerate(clicks) if click.positive is sign] for sign in (True, False)]
+    signs = [[(index, click) for index, click in enumerate(clicks) if bool(click.positive) is sign] for sign in (True, False)]
     needed = max(map(len, signs))
     num = max(needed, 1) if num is None else num
     if needed > num:
@@ -96,6 +96,7 @@ def _negative_pixels(
         if region == BACKGROUND:
             area = ~mask
         elif region == OTHER:
+            assert others is not None, "without other objects these clicks were moved to the background"
             area = others
         else:
             area = border(mask, config.expand_ratio)

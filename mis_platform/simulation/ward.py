@@ -42,7 +42,6 @@ _REGION = np.dtype(
         ("second", np.float64),  # second-least lower bound of the edges it owns
         ("best", np.int32),  # edge with the least one
         ("node", np.int32),  # in the tree
-        ("row", np.int32),  # its centre: a row of the features for a patch, of `centres` for a union
         ("first", np.int32),  # its list of entries; entries 2e and 2e+1 stand for edge e, one in each list
         ("last", np.int32),
         ("next_patch", np.int32),  # chain of the patches of a region, starting at its slot
@@ -73,7 +72,7 @@ def merge(features: np.ndarray, grid: tuple[int, int] | None = None) -> MergeTre
     edges, following = np.zeros(num_edges, _EDGE), np.full(2 * num_edges, -1, np.int32)
     regions, tournament = np.zeros(count, _REGION), np.zeros(2 << (count - 1).bit_length(), _MATCH)
     _lay_grid(edges, following, regions, *grid)
-    centres, scratch = _aligned_empty(max(count // 2, 1), dimensions), np.empty(dimensions)
+    centres, scratch = _aligned_empty(count, dimensions), np.empty(dimensions)
     radius = _evaluate_patches(features, centres, edges, following, regions, tournament)
     if not np.isfinite(radius):
         raise ValueError("features must be finite and below 1e18 in magnitude; they contain NaN, infinite or huge values")
@@ -116,7 +115,7 @@ def _lay_grid(edges: np.ndarray, following: np.ndarray, regions: np.ndarray, hei
     for slot in range(height * width):
         region = regions[slot]
         region.size = 1
-        region.node = region.row = region.last_patch = slot
+        region.node = region.last_patch = slot
         region.first = region.last = region.next_patch = region.mark = region.best = -1
         for other, inside in ((slot - 1, slot % width > 0), (slot - width, slot >= width)):
             if inside:
@@ -139,30 +138,31 @@ def _append(following: np.ndarray, region: np.record, entry: int) -> None:
 
 
 @_sum_kernel
-def _squared_norm(rows: np.ndarray, row: int) -> float:
+def _copy_row(source: np.ndarray, target: np.ndarray, row: int) -> float:
+    """Copies a row; returns its squared norm, NaN or infinite if any value is."""
     total = np.float32(0)
-    for k in range(rows.shape[1]):
-        total += rows[row, k] * rows[row, k]
+    for k in range(source.shape[1]):
+        value = source[row, k]
+        target[row, k] = value
+        total += value * value
     return np.float64(total)
 
 
 @_sum_kernel
-def _squared_distance(rows_a: np.ndarray, a: int, rows_b: np.ndarray, b: int) -> float:
+def _squared_distance(centres: np.ndarray, a: int, b: int) -> float:
     total = np.float32(0)
-    for k in range(rows_a.shape[1]):
-        difference = rows_a[a, k] - rows_b[b, k]
+    for k in range(centres.shape[1]):
+        difference = centres[a, k] - centres[b, k]
         total += difference * difference
     return np.float64(total)
 
 
 @_kernel
-def _blend(
-    target: np.ndarray, row: int, rows_a: np.ndarray, a: int, rows_b: np.ndarray, b: int, weight: float
-) -> None:
-    """Equation 3 into one row of `target`, written so that equal centres stay exactly equal."""
+def _move_centre(centres: np.ndarray, a: int, b: int, weight: float) -> None:
+    """Equation 3, written so that equal centres stay exactly equal."""
     share = np.float32(weight)
-    for k in range(target.shape[1]):
-        target[row, k] = rows_a[a, k] + (rows_b[b, k] - rows_a[a, k]) * share
+    for k in range(centres.shape[1]):
+        centres[a, k] += (centres[b, k] - centres[a, k]) * share
 
 
 @_kernel
@@ -171,12 +171,10 @@ def _weight(size_a: float, size_b: float) -> float:
 
 
 @_kernel
-def _round_cost(features: np.ndarray, centres: np.ndarray, regions: np.ndarray, edge: np.record) -> None:
+def _round_cost(centres: np.ndarray, regions: np.ndarray, edge: np.record) -> None:
     """Equation 4 in float32. The sum is off by one rounding per term of a lane, the centres by their own errors."""
     a, b = edge.owner, edge.ends ^ edge.owner
-    rows_a = features if regions[a].size == 1 else centres
-    rows_b = features if regions[b].size == 1 else centres
-    squared = _squared_distance(rows_a, regions[a].row, rows_b, regions[b].row)
+    squared = _squared_distance(centres, a, b)
     error = regions[a].error + regions[b].error
     doubt = ROUNDOFF * (centres.shape[1] / LANES + LANES + 2) * squared + error * (2 * math.sqrt(squared) + error)
     weight = _weight(regions[a].size, regions[b].size)
@@ -233,7 +231,6 @@ def _combine_costs(
 
 @_kernel
 def _choose_best(
-    features: np.ndarray,
     centres: np.ndarray,
     edges: np.ndarray,
     following: np.ndarray,
@@ -250,7 +247,7 @@ def _choose_best(
         edge = edges[entry >> 1]
         if edge.owner == slot and edge.lower <= second:
             if edge.level == BOUNDED and edge.lower <= lowest:
-                _round_cost(features, centres, regions, edge)
+                _round_cost(centres, regions, edge)
             tie = edge.lower == lowest and best >= 0
             if edge.lower < lowest or (
                 tie and regions[edge.ends ^ slot].node < regions[edges[best].ends ^ slot].node
@@ -302,7 +299,7 @@ def _evaluate_patches(
     regions: np.ndarray,
     tournament: np.ndarray,
 ) -> float:
-    """Costs of all pairs of patches and the first tournament.
+    """Copies the features to `centres`. Costs of all pairs of patches and the first tournament.
 
     Returns the largest norm of a feature, NaN or infinite if any value is.
     """
@@ -311,7 +308,7 @@ def _evaluate_patches(
         tournament[place].key = np.inf
     largest = 0.0
     for slot in range(features.shape[0]):
-        norm = _squared_norm(features, slot)
+        norm = _copy_row(features, centres, slot)
         if not norm <= largest:  # also true for NaN
             largest = norm
         if not np.isfinite(largest):
@@ -319,10 +316,10 @@ def _evaluate_patches(
         entry = regions[slot].first
         while entry >= 0:
             if edges[entry >> 1].owner == slot:
-                _round_cost(features, centres, regions, edges[entry >> 1])
+                _round_cost(centres, regions, edges[entry >> 1])
             entry = following[entry]
         tournament[half + slot].slot = slot
-        tournament[half + slot].key = _choose_best(features, centres, edges, following, regions, slot)
+        tournament[half + slot].key = _choose_best(centres, edges, following, regions, slot)
     for place in range(half - 1, 0, -1):
         better = 2 * place + (1 if tournament[2 * place + 1].key < tournament[2 * place].key else 0)
         tournament[place].key = tournament[better].key
@@ -348,7 +345,7 @@ def _cheapest(
             if edge.level == EXACT or edge.upper < min(regions[slot].second, _runner_up(tournament)):
                 return slot
             _exact_cost(features, regions, edge, scratch)
-        _play(tournament, regions, slot, _choose_best(features, centres, edges, following, regions, slot))
+        _play(tournament, regions, slot, _choose_best(centres, edges, following, regions, slot))
 
 
 @_kernel
@@ -395,32 +392,21 @@ def _join_neighbours(
 
 @_kernel
 def _join_patches(
-    features: np.ndarray,
     centres: np.ndarray,
     regions: np.ndarray,
     a: int,
     b: int,
     distance: float,
     radius: float,
-    unused: int,
-) -> int:
-    """Makes slot `a` the union of `a` and `b`: centre and its error bound, size, patches.
-
-    The centre replaces that of a part; if both parts are patches it goes to row `unused`. Returns the next unused row.
-    """
+) -> None:
+    """Makes slot `a` the union of `a` and `b`: centre and its error bound, size, patches."""
     kept, gone = regions[a], regions[b]
     weight = gone.size / (kept.size + gone.size)
-    rows_a = features if kept.size == 1 else centres
-    rows_b = features if gone.size == 1 else centres
-    row = kept.row if kept.size > 1 else gone.row if gone.size > 1 else unused
-    _blend(centres, row, rows_a, kept.row, rows_b, gone.row, weight)
-    unused += row == unused
-    kept.row = row
+    _move_centre(centres, a, b, weight)
     kept.error += weight * (gone.error - kept.error) + ROUNDOFF * (radius + 3 * weight * distance)
     kept.size += gone.size
     regions[kept.last_patch].next_patch = b
     kept.last_patch = gone.last_patch
-    return unused
 
 
 @_kernel
@@ -437,7 +423,6 @@ def _merge_all(
     costs: np.ndarray,
 ) -> None:
     """Algorithm 1 into children int32 [N-1, 2] and costs float32 [N-1]."""
-    unused = 0
     for step in range(costs.size):
         a = _cheapest(features, centres, edges, following, regions, tournament, scratch)
         edge = edges[regions[a].best]
@@ -446,7 +431,7 @@ def _merge_all(
         costs[step] = (edge.lower + edge.upper) / 2
         distance = math.sqrt(edge.upper / _weight(regions[a].size, regions[b].size))
         _join_neighbours(edges, following, regions, a, b, edge, distance)
-        unused = _join_patches(features, centres, regions, a, b, distance, radius, unused)
+        _join_patches(centres, regions, a, b, distance, radius)
         regions[a].node = costs.size + 1 + step
         _play(tournament, regions, b, np.inf)
-        _play(tournament, regions, a, _choose_best(features, centres, edges, following, regions, a))
+        _play(tournament, regions, a, _choose_best(centres, edges, following, regions, a))

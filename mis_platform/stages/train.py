@@ -18,10 +18,8 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import ray
@@ -36,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mis_platform.artifacts import Output, Part, sha256
 from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.examples import Example, ExampleStream, open_stream
+from mis_platform.data.examples import ExampleStream, open_stream
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
@@ -416,7 +414,7 @@ def examples(job: Job, numbers: np.ndarray) -> ray.data.Dataset:
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(object_store_memory=LOADED_BYTES)
     return dataset.map_batches(
-        MakeExamples(job.stream),
+        job.stream.columns,
         batch_size=None,
         batch_format="numpy",
         num_cpus=0,
@@ -438,24 +436,13 @@ class Numbers(ray.data.Datasource):
         return sum(block.nbytes for block in self._blocks)
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
-        return [ray.data.ReadTask(partial(_once, block), _metadata(block)) for block in self._blocks]
+        return [ray.data.ReadTask(_reading(block), _metadata(block)) for block in self._blocks]
 
 
-def _once(block: pa.Table) -> list[pa.Table]:
-    return [block]
+def _reading(block: pa.Table) -> Callable[[], list[pa.Table]]:
+    # A lambda travels by value: the loading processes need not import this module, and torch with it.
+    return lambda: [block]
 
 
 def _metadata(block: pa.Table) -> BlockMetadata:
     return BlockMetadata(num_rows=block.num_rows, size_bytes=block.nbytes, input_files=None, exec_stats=None)
-
-
-@dataclass(frozen=True)
-class MakeExamples:
-    """Turns a column of numbers into the columns of examples."""
-
-    stream: ExampleStream
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        cv2.setNumThreads(1)  # the tasks themselves run side by side
-        made = [self.stream.example(int(number)) for number in rows["number"]]
-        return {name: np.stack(column) for name, column in zip(Example._fields, zip(*made), strict=True)}

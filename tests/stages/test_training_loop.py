@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training_material import make_material, tiny_run
 
 from mis_platform.config import Run, TrainConfig
-from mis_platform.data.examples import Example, ExampleStream, open_stream
+from mis_platform.data.examples import ExampleStream, open_stream
 from mis_platform.model.losses import smoothness_loss
 from mis_platform.model.simpleclick import UNUSED
 from mis_platform.stages.training_loop import (
@@ -46,8 +46,7 @@ def batch(stream: ExampleStream) -> Batch:
 
 
 def batch_of(stream: ExampleStream, numbers: range) -> Batch:
-    made = [stream.example(number) for number in numbers]
-    return collate({name: np.stack(column) for name, column in zip(Example._fields, zip(*made), strict=True)})
+    return collate(stream.columns({"number": np.array(numbers)}))
 
 
 def learner_of(run: Run, images_at_once: int = 8) -> Learner:
@@ -84,7 +83,9 @@ def test_workers_share_out_every_batch(workers: int, share: int, step: int) -> N
     schedule = Schedule(50, TrainConfig(batch_size=workers * share))
     shares = [list(schedule.numbers(step, rank, workers)) for rank in range(workers)]
     assert {len(each) for each in shares} == {share}
-    assert sum(shares, []) == list(range(step * workers * share, (step + 1) * workers * share))
+    assert [number for each in shares for number in each] == list(
+        range(step * workers * share, (step + 1) * workers * share)
+    )
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
