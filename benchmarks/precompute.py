@@ -9,6 +9,7 @@ code) is apart; it is reported by itself as the time until that first chunk. Tar
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -80,7 +81,7 @@ def prepare_process(features: FeaturesConfig, out: Storage) -> None:
 def run_chunk(chunk: list[precompute.Photo]) -> dict[str, Any]:
     image_ids, paths = zip(*chunk)
     table = WORKERS[0](pa.table({"image_ids": [list(image_ids)], "paths": [list(paths)]}))
-    return precompute.parse_record(table["record"][0].as_py())
+    return json.loads(table["record"][0].as_py())
 
 
 def features_of(options: argparse.Namespace) -> FeaturesConfig:

@@ -23,10 +23,10 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """done: units finished so far, of all attempts; note: a few words, e.g. the loss."""
-        self.done = done
+        was_done, self.done = self.done >= self.total, done
         now = time.monotonic()
         pause = SECONDS_BETWEEN_REDRAWS if self.stream.isatty() else SECONDS_BETWEEN_LINES
-        if now - self.printed >= pause or done >= self.total:
+        if not was_done and (now - self.printed >= pause or done >= self.total):
             self.printed = now
             self._print(self.line(now, note))
 

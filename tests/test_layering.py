@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},
-        {"artifacts", "config", "data", "errors", "jobs", "pipeline", "quickstart", "report"}
+        {"artifacts", "config", "data", "errors", "jobs", "pipeline", "progress", "quickstart", "report"}
         | {"stages", "storage", "tracking"},
     ),
 }

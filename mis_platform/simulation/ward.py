@@ -55,6 +55,7 @@ _MATCH = np.dtype([("key", np.float64), ("slot", np.int32)], align=True)  # leas
 
 # No reference counts inside: all arrays belong to `merge`, and counting would cost a tenth of the time.
 _kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
+_inlined = njit(inline="always", error_model="numpy", _nrt=False)
 _sum_kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False, fastmath={"reassoc", "contract"})
 
 
@@ -165,12 +166,12 @@ def _move_centre(centres: np.ndarray, a: int, b: int, weight: float) -> None:
         centres[a, k] += (centres[b, k] - centres[a, k]) * share
 
 
-@_kernel
+@_inlined
 def _weight(size_a: float, size_b: float) -> float:
     return size_a * size_b / (size_a + size_b)
 
 
-@_kernel
+@_inlined
 def _round_cost(centres: np.ndarray, regions: np.ndarray, edge: np.record) -> None:
     """Equation 4 in float32. The sum is off by one rounding per term of a lane, the centres by their own errors."""
     a, b = edge.owner, edge.ends ^ edge.owner
@@ -327,7 +328,7 @@ def _evaluate_patches(
     return math.sqrt(largest)
 
 
-@_kernel
+@_inlined
 def _cheapest(
     features: np.ndarray,
     centres: np.ndarray,
@@ -348,7 +349,7 @@ def _cheapest(
         _play(tournament, regions, slot, _choose_best(centres, edges, following, regions, slot))
 
 
-@_kernel
+@_inlined
 def _join_neighbours(
     edges: np.ndarray, following: np.ndarray, regions: np.ndarray, a: int, b: int, joined: np.record, distance: float
 ) -> None:
@@ -390,7 +391,7 @@ def _join_neighbours(
         entry = following[entry]
 
 
-@_kernel
+@_inlined
 def _join_patches(
     centres: np.ndarray,
     regions: np.ndarray,

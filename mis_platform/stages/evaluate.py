@@ -254,16 +254,14 @@ def _trees(storage: Storage) -> TreeReader:
 class Worker:
     """A Ray actor that scores chunks. Nothing is loaded before the first one: there, errors arrive as they are."""
 
-    def __init__(self, job: Clicking | Overlapping) -> None:
-        self.job = job
-        self.begun = 0, 0
+    begun = 0, 0
 
-    def score(self, image_ids: Sequence[str]) -> Scored:
+    def score(self, job: Clicking | Overlapping, image_ids: Sequence[str]) -> Scored:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         torch.backends.cudnn.allow_tf32 = False  # the same float32 everywhere
         self.begun = 0, 0
-        return self.job.score(image_ids, self.tell)
+        return job.score(image_ids, self.tell)
 
     def tell(self, images: int, rows: int) -> None:
         self.begun = images, rows
@@ -293,36 +291,35 @@ def _score(
     if chunks:
         progress = Progress(f"{job.noun} of {job.dataset.name}", len(ids), "images", start=len(done))
         try:
-            workers = _start_workers(job, len(chunks), resources, gpus)
-            for chunk, scored in _spread(workers, chunks, progress, job.noun):
+            workers = _start_workers(len(chunks), resources, gpus)
+            for chunk, scored in _spread(workers, job, chunks, progress):
                 found.append(write_part(job, chunk, scored, out))
         finally:
             progress.close()
     return sorted(found, key=lambda each: each.part.name)
 
 
-def _start_workers(job: Clicking | Overlapping, chunks: int, resources: Resources, gpus: int) -> list[Any]:
+def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
     count = resources.eval_workers or gpus or cluster.cpus()
     options: Row = {"num_cpus": min(1.0, cluster.cpus() / count)}
     if gpus:
         options["num_gpus"] = min(1.0, gpus / count)
     kind = ray.remote(Worker).options(max_concurrency=2, max_restarts=-1, max_task_retries=RETRIES, **options)
-    shared = ray.put(job)
-    return [kind.remote(shared) for _ in range(min(count, chunks))]
+    return [kind.remote() for _ in range(min(count, chunks))]
 
 
 def _spread(
-    workers: Sequence[Any], chunks: Sequence[Sequence[str]], progress: Progress, noun: str
+    workers: Sequence[Any], job: Clicking | Overlapping, chunks: Sequence[Sequence[str]], progress: Progress
 ) -> Iterator[tuple[Sequence[str], Scored]]:
     """Each chunk with what a worker found, as they are finished."""
-    waiting = deque(chunks)
+    waiting, shared = deque(chunks), ray.put(job)
     running: dict[Any, tuple[Any, Sequence[str]]] = {}
     images, rows = progress.start, 0
 
     def go_on(worker: Any) -> None:
         if waiting:
             chunk = waiting.popleft()
-            running[worker.score.remote(chunk)] = worker, chunk
+            running[worker.score.remote(shared, chunk)] = worker, chunk
 
     try:
         for worker in workers:
@@ -336,7 +333,7 @@ def _spread(
                 go_on(worker)
                 yield chunk, scored
             begun = _begun(worker for worker, _ in running.values())
-            progress.update(images + begun[0], f"{rows + begun[1]} {noun}")
+            progress.update(images + begun[0], f"{rows + begun[1]} {job.noun}")
     finally:
         for worker in workers:
             ray.kill(worker)

@@ -13,10 +13,13 @@ Notable choices:
 """
 
 import functools
+import gc
 import hashlib
 import json
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -25,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
@@ -49,8 +53,8 @@ INTERNAL = "INTERNAL"  # reason of a photo whose computation failed without a kn
 OUT_OF_MEMORY = "OUT_OF_MEMORY"  # stops the run
 NOT_THE_PHOTO = (INTERNAL, Reason.UNREADABLE.value)  # reasons that may lie in the code, the machine or the network
 FAILURES_IN_A_ROW = 32  # of these reasons, without a single tree between them: it is not the photos
-RETRIES = 3  # of a chunk whose worker died
-LOST_CHUNKS = 4  # that may be given up after that; their photos are tried once more, one by one
+RETRIES = 1  # of a chunk whose worker died
+LOST_CHUNKS = 16  # that may be given up after that; their photos are tried once more, one by one
 MESSAGE_LETTERS = 500
 MAX_TASKS = 4096  # chunks are grouped beyond that, Ray Data plans every task in advance
 
@@ -335,6 +339,7 @@ def compute_all(
             for record in compute(lost, features, data, alone, out) if lost else ():
                 tally.add(record)
             lost = [photo for photo in lost if photo[0] not in tally.image_ids]
+            gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
     finally:
         progress.close()
     message = f"its worker process died {RETRIES + 1} times"
@@ -350,6 +355,7 @@ def compute(
     A chunk is left out when its worker dies again and again; Ray's error is raised when there are too many of those.
     """
     cluster.quiet_data()
+    logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
     gpus = cluster.gpus() if resources.use_gpu is not False else 0
     if resources.use_gpu and not gpus:
         raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
@@ -387,23 +393,29 @@ def decode(photo: Photo, data: DataConfig) -> np.ndarray:
     return read_image(os.fsdecode(photo[1]), max_megapixels=data.max_megapixels, min_side=data.min_side)
 
 
-def worker_options() -> dict[str, int]:
-    return {"max_task_retries": RETRIES}
-
-
 def in_whole_chunks(
     chunks: ray.data.Dataset, features: FeaturesConfig, data: DataConfig, out: Storage, actors: int
 ) -> ray.data.Dataset:
     """Every worker takes chunks from files to part."""
-    return chunks.map_batches(
-        ChunkWorker,
-        fn_constructor_args=(features, data, out),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
-        ray_remote_args_fn=worker_options,
-    )
+    return map_in_actors(chunks, ChunkWorker, (features, data, out), actors, num_cpus=1)
+
+
+def map_in_actors(
+    rows: ray.data.Dataset, worker: type, arguments: tuple[Any, ...], actors: int, **resources: float | None
+) -> ray.data.Dataset:
+    """worker: a class whose instances turn a table of one row into a table; arguments: of its constructor."""
+    with warnings.catch_warnings():
+        # Announced to go in Ray 2.64, but there is no other way to bound the retries, which are endless by default.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return rows.map_batches(
+            worker,
+            fn_constructor_args=arguments,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
+            **resources,
+        )
 
 
 class ChunkWorker:
@@ -456,15 +468,7 @@ def in_steps(
     """Tasks decode, actors that keep the network on their GPU describe, tasks merge and write."""
     decode_task, merge_task = functools.partial(decode_chunk, data=data), functools.partial(merge_chunk, out=out)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    described = decoded.map_batches(
-        FeatureWorker,
-        fn_constructor_args=(features, device),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_gpus=num_gpus,
-        ray_remote_args_fn=worker_options,
-    )
+    described = map_in_actors(decoded, FeatureWorker, (features, device), actors, num_gpus=num_gpus)
     return described.map_batches(merge_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=1)
 
 

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -308,25 +309,57 @@ stage.evaluate_model(benchmark, Storage({model_dir.uri!r}), CONFIG, ZOOM, resour
     assert output.digest == combine_digests([stage.row_digest(row) for row in alone])
 
 
+@dataclass(frozen=True)
+class Dying(stage.Overlapping):
+    """Its worker dies once, in the middle of the second chunk."""
+
+    scar: Path
+
+    def score(self, image_ids: Sequence[str], tell: stage.Tell) -> stage.Scored:
+        if self.dataset.image_ids[8] in image_ids and not self.scar.exists():
+            self.scar.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score(image_ids, tell)
+
+
 @pytest.mark.ray
-def test_errors_arrive_as_they_were_raised(
-    benchmark: Dataset, model_dir: Storage, tmp_path: Path, ray_cluster: None
+def test_a_worker_that_dies_is_replaced(
+    benchmark: Dataset, trees: Storage, tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    resources = Resources(eval_workers=1, use_gpu=False)
+    out = Storage(str(tmp_path / "out"))
+    job = Dying(benchmark, trees, tmp_path / "scar")
+    found = stage._score(job, 8, Resources(eval_workers=1), 0, out)
+    assert job.scar.exists()
+    assert [each.image_ids for each in found] == [benchmark.image_ids[:8], benchmark.image_ids[8:]]
+    assert sum(each.part.rows for each in found) == IMAGES - 1
 
-    def run(dataset: Dataset, model: Storage, config: EvalConfig = CONFIG) -> None:
-        stage.evaluate_model(dataset, model, config, ZOOM, resources, Storage(str(tmp_path / "out")))
 
-    with pytest.raises(ValueError, match=r"^\S+ holds no model: config.json is missing$"):
-        run(benchmark, Storage(str(tmp_path)))
+@pytest.mark.ray
+def test_errors_arrive_as_they_were_raised(model_dir: Storage, tmp_path: Path, ray_cluster: None) -> None:
     broken = make_benchmark(tmp_path / "broken")
     (tmp_path / "broken" / "images" / "photo-02.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match="photo-02"):
-        run(broken, model_dir)
+    out = Storage(str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"^folder: photo photo-02 cannot be used: NOT_AN_IMAGE"):
+        stage.evaluate_model(broken, model_dir, CONFIG, ZOOM, Resources(eval_workers=1, use_gpu=False), out)
     with pytest.raises(ValueError, match="the cluster has no GPU"):
-        stage.evaluate_model(
-            benchmark, model_dir, CONFIG, ZOOM, Resources(use_gpu=True), Storage(str(tmp_path / "out"))
-        )
-    only_empty = replace(benchmark, samples=tuple(each for each in benchmark.samples if each.image_id == EMPTY))
+        stage.evaluate_model(broken, model_dir, CONFIG, ZOOM, Resources(use_gpu=True), out)
+
+
+@pytest.mark.ray
+def test_a_benchmark_of_empty_masks_has_no_score(
+    benchmark: Dataset, model_dir: Storage, trees: Storage, tmp_path: Path, ray_cluster: None
+) -> None:
+    empty = replace(benchmark, samples=tuple(each for each in benchmark.samples if each.image_id == EMPTY))
+    out = Storage(str(tmp_path))
+    scored = stage.Scored([], [f"{EMPTY}, object 1: no pixel of the object"])
+    stage.write_part(job_of(empty, model_dir), [EMPTY], scored, out)
     with pytest.raises(DataError, match="no object to score"):
-        run(only_empty, model_dir)
+        stage.evaluate_model(empty, model_dir, CONFIG, ZOOM, Resources(use_gpu=False), out)
+    stage.write_part(stage.Overlapping(empty, trees), [EMPTY], scored, out)
+    with pytest.raises(DataError, match="no object with a tree"):
+        stage.evaluate_proposals(empty, trees, Resources(), out)
+
+
+def test_a_directory_without_a_model_is_refused(benchmark: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^\S+ holds no model: config.json is missing$"):
+        job_of(benchmark, Storage(str(tmp_path))).score(benchmark.image_ids, silent)
