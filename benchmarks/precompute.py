@@ -2,14 +2,15 @@
 
     python benchmarks/precompute.py --dataset folder:PHOTOS
 
-Both sides run the same worker on the same chunks with as many processes, and write the same Parquet files; one gets its
-chunks from Ray Data, the other from a `ProcessPoolExecutor`. Rounds alternate between the two, because other load on the
-machine drifts. The rate counts from the first finished chunk to the last one, so that start-up (Ray, imports, compiled
-code) is apart; it is reported by itself as the time until that first chunk. Target: Ray at 85% of the bare loop or more.
+Both sides run the same worker on the same chunks with as many processes, and write the same Parquet files; one gets
+its chunks from Ray Data, the other from a `ProcessPoolExecutor`. Rounds alternate between the two, because other load
+on the machine drifts. The rate counts from the first finished chunk to the last one, so that start-up (Ray, imports,
+compiled code) is apart; it is reported as the time until that first chunk. Target: Ray at 85% of the bare loop or more.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -75,6 +76,7 @@ WORKERS: list[precompute.ChunkWorker] = []  # the one of this process
 
 
 def prepare_process(features: FeaturesConfig, out: Storage) -> None:
+    os.nice(15)  # as Ray does with its workers: other load must not decide the comparison
     WORKERS.append(precompute.ChunkWorker(features, DataConfig(), out))
 
 

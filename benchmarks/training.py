@@ -4,9 +4,9 @@
     python benchmarks/training.py --dataset folder:PHOTOS --size 448
     python benchmarks/training.py --variant vit_b --batch 32 --precision bf16 --images-at-once 32      # on a GPU
 
-Both sides train the same model on the same examples with the same arithmetic, so in fp32 their losses agree; what differs
-is who makes the examples, and --precision for the stage. Rounds alternate between the two, because other load on the
-machine drifts. The rate leaves out the first steps; the time until the first one is reported by itself.
+Both sides train the same model on the same examples with the same arithmetic, so in fp32 their losses agree; what
+differs is who makes the examples, and --precision for the stage. Rounds alternate between the two, because other load
+on the machine drifts. The rate leaves out the first steps; the time until the first one is reported by itself.
 """
 
 import argparse

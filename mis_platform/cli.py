@@ -139,7 +139,8 @@ def evaluate(
     from mis_platform import report
 
     scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root))
-    typer.echo(report.summary_table(scores))
+    typer.echo(report.published_table(scores))
+    typer.echo(f"\n{report.summary_table(scores)}")
     return None
 
 

@@ -150,6 +150,7 @@ def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) 
             metrics |= {f"noc{percent}": at.noc, f"noc{percent}_low": at.low, f"noc{percent}_high": at.high}
             metrics |= {f"never{percent}": at.failures, f"at_limit{percent}": at.at_limit}
     tracker.log_metrics({f"{prefix}/{name}": float(value) for name, value in metrics.items()})
+    tracker.set_tags({f"mis.protocol.{prefix}": score.protocol["fingerprint"]})
     curve = report.mean_iou(report.read_table(clicks), summary.max_clicks)
     tracker.log_curve(f"{prefix}/iou", curve)
     tracker.log_figure(figures.iou_curve({score.model: curve}), f"figures/{prefix}/iou.png")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest, sha256
 from mis_platform.config import differences
-from mis_platform.evaluation.noc import Summary, iou_table, summarize
+from mis_platform.evaluation.noc import Summary, iou_table, summarize, text_table
 from mis_platform.simulation.clicks import Click
 from mis_platform.storage import Storage
 
@@ -134,6 +134,11 @@ def summary_table(scores: Sequence[Score], markdown: bool = False) -> str:
     table = _markdown([header, *rows]) if markdown else _text([header, *rows])
     notes = _notes(scores)
     return "\n".join([table, *([""] if notes else []), *notes])
+
+
+def published_table(scores: Sequence[Score]) -> str:
+    """The same scores in the table that RITM and SimpleClick print, for comparing with their logs."""
+    return text_table([(score.model, score.summary) for score in scores])
 
 
 def overlap_table(overlaps: Sequence[tuple[str, Mapping[str, Any]]], markdown: bool = False) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_platform.config import AugmentConfig, Run
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import read_image
+from mis_platform.data.images import ImageRefused, read_image
 from mis_platform.data.trees import TreeReader
 from mis_platform.simulation.clicks import sample_clicks
 from mis_platform.simulation.proposals import mask_at_image_size
@@ -65,13 +65,18 @@ class ExampleStream:
         run = self.run
         _, image_id = self.visit(number)
         rng = generator(run.train.seed, EXAMPLE, number)
-        image = read_image(
-            self.dataset.image_path(image_id), max_megapixels=run.data.max_megapixels, min_side=run.data.min_side
-        )
+        image = self._read(image_id)
         proposal = self._draw_mask(image_id, image.shape[:2], rng)
         crop, mask = augment(image, proposal, run.model.image_size, run.augment, rng)
         points = sample_clicks(mask, rng, run.clicks)
         return Example(crop, mask.astype(np.uint8), points, image_id, number)
+
+    def _read(self, image_id: str) -> np.ndarray:
+        path, limits = self.dataset.image_path(image_id), self.run.data
+        try:
+            return read_image(path, max_megapixels=limits.max_megapixels, min_side=limits.min_side)
+        except ImageRefused as error:
+            raise ImageRefused(error.reason, f"{path}: {error.message}") from None
 
     def columns(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Examples of the numbers in the column `number`, a column for each field of Example; for Ray Data tasks."""

@@ -29,7 +29,9 @@ def points_array(clicks: Sequence[Click], num: int | None = None) -> np.ndarray:
     The first `num` rows are the positive clicks, the others the negative ones, unused rows are (-1, -1, -1).
     num: clicks per sign; by default just enough, and at least one. ValueError if `num` is too small.
     """
-    signs = [[(index, click) for index, click in enumerate(clicks) if bool(click.positive) is sign] for sign in (True, False)]
+    signs = [
+        [(index, click) for index, click in enumerate(clicks) if bool(click.positive) is sign] for sign in (True, False)
+    ]
     needed = max(map(len, signs))
     num = max(needed, 1) if num is None else num
     if needed > num:
@@ -48,7 +50,8 @@ def sample_clicks(
 
     mask: bool [height, width], the object; other: the same for all other objects of the image, if there are any.
     Returns float32 [2 * max_clicks, 3], rows (row, column, 100): positive clicks first, then from row max_clicks the
-    negative ones; unused rows are (-1, -1, -1). An empty mask has no positive clicks, and negative ones on the background.
+    negative ones; unused rows are (-1, -1, -1). An empty mask gets no positive clicks and all negative ones on the
+    background.
     """
     mask = np.ascontiguousarray(mask, dtype=bool)
     positives = 1 + _click_count(config.max_clicks - 1, config.gamma, rng)
@@ -105,7 +108,7 @@ def _negative_pixels(
 
 
 def _pixels(area: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """int64, flat indices of the pixels at these positions, in [0, 1), along the list of pixels of `area`; -1 if empty."""
+    """The pixels of `area` at these positions in [0, 1): int64, flat indices; -1 where there is no pixel."""
     pixels = np.flatnonzero(area)
     if len(pixels) == 0:
         return np.full(len(positions), -1)

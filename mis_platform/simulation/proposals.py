@@ -23,8 +23,8 @@ class Proposal(NamedTuple):
 def mask_at_image_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Nearest-neighbour resize of a bool mask [grid_height, grid_width] to [height, width] pixels.
 
-    Equal to OpenCV's INTER_NEAREST, as in the official MIS code. The staircase boundaries are meant: the photo was rounded
-    up to whole patches, so the mask is scaled back by up to 2%, not cropped.
+    Equal to OpenCV's INTER_NEAREST, as in the official MIS code. The photo was rounded up to whole patches, so the mask
+    is scaled back by up to 2%, not cropped; the staircase boundaries are left to the smoothness loss.
     """
     rows, columns = _nearest(mask.shape[0], height), _nearest(mask.shape[1], width)
     return mask[rows][:, columns]
@@ -33,9 +33,9 @@ def mask_at_image_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 def best_overlap(tree: MergeTree, object_mask: np.ndarray) -> tuple[float, int]:
     """The best IoU any node reaches with an object, in [0, 1], and that node (the first of equals).
 
-    object_mask: int8 [height, width] in pixels: 1 object, 0 not, -1 ignored (counted nowhere). Nodes are compared at image
-    size, as `mask_at_image_size` draws them, but without drawing: the pixels of each patch are counted once and summed up
-    the tree. An object without pixels gives (0.0, 0).
+    object_mask: int8 [height, width] in pixels: 1 object, 0 not, -1 ignored (counted nowhere). Nodes are compared at
+    image size, as `mask_at_image_size` draws them, but without drawing: the pixels of each patch are counted once and
+    summed up the tree. An object without pixels gives (0.0, 0).
     """
     height, width = object_mask.shape
     patches = _nearest(tree.grid[0], height), _nearest(tree.grid[1], width)

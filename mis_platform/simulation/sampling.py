@@ -35,9 +35,7 @@ def draw_proposal(
     max_redraws: int = 100,
 ) -> Proposal:
     """One node large enough to be a target, with its mask. Arguments as in `sample_nodes`."""
-    node = sample_nodes(
-        tree, 1, rng, strategy=strategy, alpha=alpha, min_area=min_area, max_redraws=max_redraws
-    )[0]
+    node = sample_nodes(tree, 1, rng, strategy=strategy, alpha=alpha, min_area=min_area, max_redraws=max_redraws)[0]
     return Proposal(node=int(node), mask=tree.mask(node))
 
 
@@ -53,14 +51,17 @@ def sample_nodes(
 ) -> np.ndarray:
     """`count` independent draws: int32 [count], nodes.
 
-    A node must cover more than `min_area` of the patches, in [0, 0.5]; a smaller one is thrown away and drawn again from
-    the root. After `max_redraws` draws the last one is kept whatever its size (official MIS code). So the distribution is
-    that of the walk, conditioned on size; it is not a walk that stops before regions become too small.
+    A node must cover more than `min_area` of the patches, in [0, 0.5]; a smaller one is thrown away and drawn again
+    from the root. After `max_redraws` draws the last one is kept whatever its size (official MIS code). So the
+    distribution is that of the walk, conditioned on size; it is not a walk that stops before regions become too small.
+    Raises ValueError for an unknown strategy and for alpha, min_area or max_redraws out of range.
     """
     if strategy not in ("top_down", "uniform"):
         raise ValueError(f"sampling strategy must be 'top_down' or 'uniform', not {strategy!r}")
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must lie in [0, 1), got {alpha}: at 1 every walk ends in a single patch")
+    if not 0 <= min_area <= 0.5 or max_redraws < 1:
+        raise ValueError(f"min_area must lie in [0, 0.5] and max_redraws be at least 1, got {min_area}, {max_redraws}")
     nodes = np.empty(count, np.int32)
     _draw(nodes, tree.children, tree.sizes, rng, strategy == "top_down", alpha, min_area, max_redraws)
     return nodes

@@ -1,19 +1,19 @@
 """Bottom-up merging: Ward's method on a 4-connected patch grid (Algorithm 1, Equations 1-4).
 
-The two adjacent regions whose union adds least to the summed squared error are merged, until one is left. The order of merges
-is that of a float64 implementation, near-ties included, at the price of float32. Notable choices:
+The two adjacent regions whose union adds least to the summed squared error are merged, until one is left. The order of
+merges is that of a float64 implementation, near-ties included, at the price of float32. Notable choices:
 
-* **Filter and refine.** A cost is known as an interval, and made sharper only if it could be the least one: first bounds
+* **Filter and refine.** A cost is known as an interval, made sharper only if it could be the least one: first bounds
   from the costs before a merge (no features are read), then float32 centres, then float64 from the patches themselves.
 * **One candidate per region.** The newer region of each adjacent pair owns the pair. A tournament tree over the regions
   holds the best pair of each; a pair that is gone is noticed when it comes up, and replaced then.
-* **Nothing is allocated while merging.** Pairs are shared by both neighbour lists; a union chains the lists of its parts.
+* **Nothing is allocated while merging.** Both neighbours list the same pair; a union chains the lists of its parts.
 
-A region is named by its slot, one of its patches, which holds its row of `centres`. A single patch has no centre: its
-features are read where they are.
+A region is named by its slot, one of its patches, which also is its row of `centres`.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -23,6 +23,7 @@ from mis_platform.simulation.tree import MergeTree
 BOUNDED, ROUNDED, EXACT = range(3)  # how well a cost is known: bounds only, float32, float64
 ROUNDOFF = 2.0**-24  # of float32, relative
 LANES = 8  # partial sums that a compiler keeps at least when it vectorises a float32 sum
+LARGEST_NORM = 1e15  # of a feature, so that no cost overflows float32
 ALIGNMENT = 64  # bytes: a cache line, so that no vector load crosses one
 
 _EDGE = np.dtype(
@@ -50,48 +51,59 @@ _REGION = np.dtype(
     ],
     align=True,
 )
-# Binary tree in an array: place i has children 2i and 2i+1, slot s sits at half its length + s, the winner at 1.
 _MATCH = np.dtype([("key", np.float64), ("slot", np.int32)], align=True)  # least lower bound below, and whose it is
 
-# No reference counts inside: all arrays belong to `merge`, and counting would cost a tenth of the time.
-_kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False)
-_inlined = njit(inline="always", error_model="numpy", _nrt=False)
-_sum_kernel = njit(nogil=True, cache=True, error_model="numpy", _nrt=False, fastmath={"reassoc", "contract"})
+
+class _State(NamedTuple):
+    """What the merging works on; N patches, E pairs of neighbours."""
+
+    features: np.ndarray  # float32 [N, C], never changed
+    centres: np.ndarray  # float32 [N, C], one per slot
+    edges: np.ndarray  # _EDGE [E]
+    following: np.ndarray  # int32 [2E], next entry of the same list, -1 at the end
+    regions: np.ndarray  # _REGION [N]
+    tournament: np.ndarray  # _MATCH [2 * capacity]: place i has children 2i and 2i+1, slot s sits at capacity + s
+    exact: np.ndarray  # float64 [2, C], the last centres computed from patches: of an owner and of the other end
+    exact_node: np.ndarray  # int32 [2], whose they are
+
+
+# Counting references to these arrays inside would cost a tenth of the time, and so would calls that hand them over:
+# hence no reference counts (all memory belongs to `merge`), and the steps are written into the kernels.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
+_kernel = njit(nogil=True, cache=True, **_OPTIONS)
+_step = njit(inline="always", **_OPTIONS)
+_vector_loop = njit(fastmath={"reassoc", "contract"}, **_OPTIONS)
 
 
 def merge(features: np.ndarray, grid: tuple[int, int] | None = None) -> MergeTree:
     """The merge tree of patch features (Algorithm 1).
 
-    features: float32 [N, C] in row-major order of the patches, or [grid_height, grid_width, C]; finite and below 1e18.
+    features: float32 [N, C], patches in row-major order, or [grid_height, grid_width, C]; finite, norms below 1e15.
     grid: (height, width) in patches; may be left out for three-dimensional features.
     Equal costs: the pair whose newer node is older goes first, then the one whose older node is.
     Raises ValueError for a shape that does not fit the grid and for NaN or infinite features.
     """
     features, grid = _checked(features, grid)
-    count, dimensions = features.shape
-    num_edges = 2 * count - grid[0] - grid[1]
-    edges, following = np.zeros(num_edges, _EDGE), np.full(2 * num_edges, -1, np.int32)
-    regions, tournament = np.zeros(count, _REGION), np.zeros(2 << (count - 1).bit_length(), _MATCH)
-    _lay_grid(edges, following, regions, *grid)
-    centres, scratch = _aligned_empty(count, dimensions), np.empty(dimensions)
-    radius = _evaluate_patches(features, centres, edges, following, regions, tournament)
-    if not np.isfinite(radius):
-        raise ValueError("features must be finite and below 1e18 in magnitude; they contain NaN, infinite or huge values")
-    children, costs = np.empty((count - 1, 2), np.int32), np.empty(count - 1, np.float32)
-    _merge_all(features, centres, edges, following, regions, tournament, radius, scratch, children, costs)
+    state = _new_state(features, 2 * len(features) - grid[0] - grid[1])
+    _lay_grid(state, *grid)
+    radius = _evaluate_patches(state)
+    if not radius < LARGEST_NORM:
+        raise ValueError(f"features must be finite, with norms below {LARGEST_NORM:g}; some are NaN or larger")
+    children, costs = np.empty((len(features) - 1, 2), np.int32), np.empty(len(features) - 1, np.float32)
+    _merge_all(state, radius, children, costs)
     return MergeTree(children=children, costs=costs, grid=grid)
 
 
 def warm_up() -> None:
-    """Compile (or load from numba's cache) what `merge` needs, so that the first photo is as fast as the others."""
+    """Compiles (or loads from numba's cache) what `merge` needs, so that the first photo is as fast as the others."""
     merge(np.arange(12, dtype=np.float32).reshape(2, 3, 2) ** 2)
 
 
 def _checked(features: np.ndarray, grid: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     features = np.asarray(features)
     if features.ndim == 3:
-        grid = grid if grid is not None else (features.shape[0], features.shape[1])
-        if grid != features.shape[:2]:
+        grid = features.shape[:2] if grid is None else grid
+        if tuple(grid) != features.shape[:2]:
             raise ValueError(f"features of shape {features.shape} do not lie on a {grid[0]}x{grid[1]} grid")
         features = features.reshape(-1, features.shape[2])
     if features.ndim != 2 or grid is None:
@@ -99,6 +111,21 @@ def _checked(features: np.ndarray, grid: tuple[int, int] | None) -> tuple[np.nda
     if len(features) != grid[0] * grid[1] or features.size == 0:
         raise ValueError(f"a {grid[0]}x{grid[1]} grid needs one feature row per patch, got shape {features.shape}")
     return np.require(features, np.float32, ["C", "W"]), (int(grid[0]), int(grid[1]))
+
+
+def _new_state(features: np.ndarray, num_edges: int) -> _State:
+    count, dimensions = features.shape
+    capacity = 1 << (count - 1).bit_length()
+    return _State(
+        features=features,
+        centres=_aligned_empty(count, dimensions),
+        edges=np.zeros(num_edges, _EDGE),
+        following=np.full(2 * num_edges, -1, np.int32),
+        regions=np.zeros(count, _REGION),
+        tournament=np.zeros(2 * capacity, _MATCH),
+        exact=np.empty((2, dimensions)),
+        exact_node=np.full(2, -1, np.int32),
+    )
 
 
 def _aligned_empty(rows: int, columns: int) -> np.ndarray:
@@ -110,8 +137,9 @@ def _aligned_empty(rows: int, columns: int) -> np.ndarray:
 
 
 @_kernel
-def _lay_grid(edges: np.ndarray, following: np.ndarray, regions: np.ndarray, height: int, width: int) -> None:
+def _lay_grid(state: _State, height: int, width: int) -> None:
     """One region per patch and one edge per pair of 4-neighbours, owned by the later patch."""
+    edges, regions = state.edges, state.regions
     edge = 0
     for slot in range(height * width):
         region = regions[slot]
@@ -122,23 +150,24 @@ def _lay_grid(edges: np.ndarray, following: np.ndarray, regions: np.ndarray, hei
             if inside:
                 edges[edge].ends = slot ^ other
                 edges[edge].owner = slot
-                _append(following, region, 2 * edge)
-                _append(following, regions[other], 2 * edge + 1)
+                _append(state, slot, 2 * edge)
+                _append(state, other, 2 * edge + 1)
                 edge += 1
 
 
-@_kernel
-def _append(following: np.ndarray, region: np.record, entry: int) -> None:
+@_step
+def _append(state: _State, slot: int, entry: int) -> None:
     """Adds an entry to the list of a region."""
+    region = state.regions[slot]
     if region.first < 0:
         region.first = entry
     else:
-        following[region.last] = entry
+        state.following[region.last] = entry
     region.last = entry
-    following[entry] = -1
+    state.following[entry] = -1
 
 
-@_sum_kernel
+@_vector_loop
 def _copy_row(source: np.ndarray, target: np.ndarray, row: int) -> float:
     """Copies a row; returns its squared norm, NaN or infinite if any value is."""
     total = np.float32(0)
@@ -149,7 +178,7 @@ def _copy_row(source: np.ndarray, target: np.ndarray, row: int) -> float:
     return np.float64(total)
 
 
-@_sum_kernel
+@_vector_loop
 def _squared_distance(centres: np.ndarray, a: int, b: int) -> float:
     total = np.float32(0)
     for k in range(centres.shape[1]):
@@ -158,7 +187,7 @@ def _squared_distance(centres: np.ndarray, a: int, b: int) -> float:
     return np.float64(total)
 
 
-@_kernel
+@_vector_loop
 def _move_centre(centres: np.ndarray, a: int, b: int, weight: float) -> None:
     """Equation 3, written so that equal centres stay exactly equal."""
     share = np.float32(weight)
@@ -166,113 +195,125 @@ def _move_centre(centres: np.ndarray, a: int, b: int, weight: float) -> None:
         centres[a, k] += (centres[b, k] - centres[a, k]) * share
 
 
-@_inlined
+@_step
 def _weight(size_a: float, size_b: float) -> float:
     return size_a * size_b / (size_a + size_b)
 
 
-@_inlined
-def _round_cost(centres: np.ndarray, regions: np.ndarray, edge: np.record) -> None:
+@_step
+def _round_cost(state: _State, edge: np.record) -> None:
     """Equation 4 in float32. The sum is off by one rounding per term of a lane, the centres by their own errors."""
-    a, b = edge.owner, edge.ends ^ edge.owner
-    squared = _squared_distance(centres, a, b)
-    error = regions[a].error + regions[b].error
-    doubt = ROUNDOFF * (centres.shape[1] / LANES + LANES + 2) * squared + error * (2 * math.sqrt(squared) + error)
-    weight = _weight(regions[a].size, regions[b].size)
+    slot_a, slot_b = edge.owner, edge.ends ^ edge.owner
+    a, b = state.regions[slot_a], state.regions[slot_b]
+    squared = _squared_distance(state.centres, slot_a, slot_b)
+    terms = state.centres.shape[1] / LANES + LANES + 2
+    error = a.error + b.error
+    doubt = ROUNDOFF * terms * squared + error * (2 * math.sqrt(squared) + error)
+    weight = _weight(a.size, b.size)
     edge.lower = weight * max(squared - doubt, 0.0)
     edge.upper = weight * (squared + doubt)
     edge.level = ROUNDED
 
 
-@_kernel
-def _add_mean(target: np.ndarray, features: np.ndarray, regions: np.ndarray, slot: int, sign: float) -> None:
-    """Adds the mean feature of the patches of a region, times `sign`, in float64."""
-    share = sign / regions[slot].size
-    patch = slot
-    while patch >= 0:
-        for k in range(features.shape[1]):
-            target[k] += share * features[patch, k]
-        patch = regions[patch].next_patch
-
-
-@_sum_kernel
-def _exact_cost(features: np.ndarray, regions: np.ndarray, edge: np.record, difference: np.ndarray) -> None:
+@_step
+def _exact_cost(state: _State, edge: np.record) -> None:
     """Equation 4 in float64, from the patches themselves."""
-    a, b = edge.owner, edge.ends ^ edge.owner
-    difference[:] = 0.0
-    _add_mean(difference, features, regions, a, 1.0)
-    _add_mean(difference, features, regions, b, -1.0)
-    squared = 0.0
-    for k in range(features.shape[1]):
-        squared += difference[k] * difference[k]
-    edge.lower = edge.upper = squared * _weight(regions[a].size, regions[b].size)
+    slot_a, slot_b = edge.owner, edge.ends ^ edge.owner
+    _keep_exact_centre(state, slot_a, 0)
+    _keep_exact_centre(state, slot_b, 1)
+    squared = _exact_distance(state.exact)
+    edge.lower = edge.upper = squared * _weight(state.regions[slot_a].size, state.regions[slot_b].size)
     edge.level = EXACT
 
 
-@_kernel
+@_step
+def _keep_exact_centre(state: _State, slot: int, row: int) -> None:
+    """Puts the centre of a region into a row of `exact`, unless it is there: a run of ties is about one region."""
+    if state.exact_node[row] != state.regions[slot].node:
+        _exact_centre(state.features, state.regions, slot, state.exact, row)
+        state.exact_node[row] = state.regions[slot].node
+
+
+@_vector_loop
+def _exact_centre(features: np.ndarray, regions: np.ndarray, slot: int, target: np.ndarray, row: int) -> None:
+    """Mean feature of the patches of a region, in float64."""
+    for k in range(features.shape[1]):
+        target[row, k] = 0.0
+    patch = slot
+    while patch >= 0:
+        for k in range(features.shape[1]):
+            target[row, k] += features[patch, k]
+        patch = regions[patch].next_patch
+    for k in range(features.shape[1]):
+        target[row, k] /= regions[slot].size
+
+
+@_vector_loop
+def _exact_distance(exact: np.ndarray) -> float:
+    """Squared distance between both rows."""
+    total = 0.0
+    for k in range(exact.shape[1]):
+        difference = exact[0, k] - exact[1, k]
+        total += difference * difference
+    return total
+
+
+@_step
 def _bound_cost(edge: np.record, size: float, moved: float, size_other: float, size_union: float) -> None:
-    """Lower bound of a cost after a centre moved away by `moved`: the triangle inequality."""
+    """Lower bound of a cost after a centre moved by `moved`: the triangle inequality."""
     distance = math.sqrt(edge.lower / _weight(size, size_other)) - moved
     edge.lower = _weight(size_union, size_other) * max(distance, 0.0) ** 2
     edge.upper = np.inf
     edge.level = BOUNDED
 
 
-@_kernel
+@_step
 def _combine_costs(
-    edge: np.record, edge_b: np.record, joined: np.record, size_a: float, size_b: float, size: float
+    edge_a: np.record, edge_b: np.record, joined: np.record, size_a: float, size_b: float, size: float
 ) -> None:
     """Cost between a union and a neighbour of both its parts, from those of the parts (Lance and Williams 1967)."""
     share_a, share_b, share = size_a + size, size_b + size, size_a + size_b + size
-    lower = (share_a * edge.lower + share_b * edge_b.lower - size * joined.upper) / share
-    edge.upper = (share_a * edge.upper + share_b * edge_b.upper - size * joined.lower) / share
-    edge.lower = max(lower, 0.0)
-    edge.level = min(edge.level, edge_b.level, ROUNDED)
+    lower = (share_a * edge_a.lower + share_b * edge_b.lower - size * joined.upper) / share
+    edge_a.upper = (share_a * edge_a.upper + share_b * edge_b.upper - size * joined.lower) / share
+    edge_a.lower = max(lower, 0.0)
+    edge_a.level = min(edge_a.level, edge_b.level, ROUNDED)
 
 
-@_kernel
-def _choose_best(
-    centres: np.ndarray,
-    edges: np.ndarray,
-    following: np.ndarray,
-    regions: np.ndarray,
-    slot: int,
-) -> float:
+@_step
+def _choose_best(state: _State, slot: int) -> float:
     """Finds the best edge that `slot` owns, known to float32 at least, and the second-best lower bound.
 
     Returns the lower bound of the best one, infinite if there is none.
     """
+    edges, regions = state.edges, state.regions
     best, lowest, second = -1, np.inf, np.inf
     entry = regions[slot].first
     while entry >= 0:
         edge = edges[entry >> 1]
         if edge.owner == slot and edge.lower <= second:
             if edge.level == BOUNDED and edge.lower <= lowest:
-                _round_cost(centres, regions, edge)
+                _round_cost(state, edge)
             tie = edge.lower == lowest and best >= 0
-            if edge.lower < lowest or (
-                tie and regions[edge.ends ^ slot].node < regions[edges[best].ends ^ slot].node
-            ):
+            if edge.lower < lowest or (tie and regions[edge.ends ^ slot].node < regions[edges[best].ends ^ slot].node):
                 best, lowest, second = entry >> 1, edge.lower, lowest
             else:
                 second = min(second, edge.lower)
-        entry = following[entry]
+        entry = state.following[entry]
     regions[slot].best = best
     regions[slot].second = second
     return lowest
 
 
-@_kernel
-def _play(tournament: np.ndarray, regions: np.ndarray, slot: int, key: float) -> None:
+@_step
+def _play(state: _State, slot: int, key: float) -> None:
     """Gives `slot` a new key and replays its matches; stops where the outcome stays as it was."""
+    tournament, regions = state.tournament, state.regions
     place = tournament.size // 2 + slot
     tournament[place].key = key
     while place > 1:
         winner, other = tournament[place], tournament[place ^ 1]
         place >>= 1
-        if other.key < winner.key or (
-            other.key == winner.key and regions[other.slot].node < regions[winner.slot].node
-        ):
+        if other.key < winner.key or (other.key == winner.key and regions[other.slot].node < regions[winner.slot].node):
             winner = other
         if winner.slot != slot and tournament[place].slot == winner.slot:
             return
@@ -280,7 +321,7 @@ def _play(tournament: np.ndarray, regions: np.ndarray, slot: int, key: float) ->
         tournament[place].slot = winner.slot
 
 
-@_kernel
+@_step
 def _runner_up(tournament: np.ndarray) -> float:
     """Least key of all slots but the winner: the best of those that lost against it."""
     least = np.inf
@@ -292,81 +333,60 @@ def _runner_up(tournament: np.ndarray) -> float:
 
 
 @_kernel
-def _evaluate_patches(
-    features: np.ndarray,
-    centres: np.ndarray,
-    edges: np.ndarray,
-    following: np.ndarray,
-    regions: np.ndarray,
-    tournament: np.ndarray,
-) -> float:
-    """Copies the features to `centres`. Costs of all pairs of patches and the first tournament.
+def _evaluate_patches(state: _State) -> float:
+    """Centres of single patches, costs of all pairs of them, and the first tournament.
 
     Returns the largest norm of a feature, NaN or infinite if any value is.
     """
-    half = tournament.size // 2
+    tournament = state.tournament
+    capacity = tournament.size // 2
     for place in range(tournament.size):
         tournament[place].key = np.inf
     largest = 0.0
-    for slot in range(features.shape[0]):
-        norm = _copy_row(features, centres, slot)
+    for slot in range(state.features.shape[0]):
+        norm = _copy_row(state.features, state.centres, slot)
         if not norm <= largest:  # also true for NaN
             largest = norm
         if not np.isfinite(largest):
             return largest
-        entry = regions[slot].first
+        entry = state.regions[slot].first
         while entry >= 0:
-            if edges[entry >> 1].owner == slot:
-                _round_cost(centres, regions, edges[entry >> 1])
-            entry = following[entry]
-        tournament[half + slot].slot = slot
-        tournament[half + slot].key = _choose_best(centres, edges, following, regions, slot)
-    for place in range(half - 1, 0, -1):
+            edge = state.edges[entry >> 1]
+            if edge.owner == slot:
+                _round_cost(state, edge)
+            entry = state.following[entry]
+        tournament[capacity + slot].slot = slot
+        tournament[capacity + slot].key = _choose_best(state, slot)
+    for place in range(capacity - 1, 0, -1):
         better = 2 * place + (1 if tournament[2 * place + 1].key < tournament[2 * place].key else 0)
         tournament[place].key = tournament[better].key
         tournament[place].slot = tournament[better].slot
     return math.sqrt(largest)
 
 
-@_inlined
-def _cheapest(
-    features: np.ndarray,
-    centres: np.ndarray,
-    edges: np.ndarray,
-    following: np.ndarray,
-    regions: np.ndarray,
-    tournament: np.ndarray,
-    scratch: np.ndarray,
-) -> int:
+@_step
+def _cheapest(state: _State) -> int:
     """The slot whose best edge is certainly the cheapest of all."""
     while True:
-        slot = tournament[1].slot
-        edge = edges[regions[slot].best]
+        slot = state.tournament[1].slot
+        edge = state.edges[state.regions[slot].best]
         if edge.owner == slot:
-            if edge.level == EXACT or edge.upper < min(regions[slot].second, _runner_up(tournament)):
+            rival = min(state.regions[slot].second, _runner_up(state.tournament))
+            if edge.lower == edge.upper or edge.upper < rival:
                 return slot
-            _exact_cost(features, regions, edge, scratch)
-        _play(tournament, regions, slot, _choose_best(centres, edges, following, regions, slot))
+            _exact_cost(state, edge)
+        _play(state, slot, _choose_best(state, slot))
 
 
-@_inlined
-def _join_neighbours(
-    edges: np.ndarray, following: np.ndarray, regions: np.ndarray, a: int, b: int, joined: np.record, distance: float
-) -> None:
+@_step
+def _join_neighbours(state: _State, a: int, b: int, joined: np.record, distance: float) -> None:
     """Gives `a` the edges of `a` and `b`, with new bounds of their costs; `joined` was the edge between the two."""
+    edges, following, regions = state.edges, state.following, state.regions
     size_a, size_b = regions[a].size, regions[b].size
     union = size_a + size_b
     joined.owner = -1
-    entry, other_entry = regions[a].first, regions[b].first
-    regions[a].first = -1
-    while entry >= 0:
-        next_entry = following[entry]
-        edge = edges[entry >> 1]
-        if edge.owner >= 0:
-            regions[edge.ends ^ a].mark = entry >> 1
-            _append(following, regions[a], entry)
-        entry = next_entry
-    entry = other_entry
+    _mark_neighbours(state, a)
+    entry = regions[b].first
     while entry >= 0:
         next_entry = following[entry]
         edge = edges[entry >> 1]
@@ -378,7 +398,7 @@ def _join_neighbours(
             else:
                 _bound_cost(edge, size_b, distance * size_a / union, other.size, union)
                 edge.ends ^= a ^ b
-                _append(following, regions[a], entry)
+                _append(state, a, entry)
         entry = next_entry
     entry = regions[a].first
     while entry >= 0:
@@ -391,48 +411,45 @@ def _join_neighbours(
         entry = following[entry]
 
 
-@_inlined
-def _join_patches(
-    centres: np.ndarray,
-    regions: np.ndarray,
-    a: int,
-    b: int,
-    distance: float,
-    radius: float,
-) -> None:
+@_step
+def _mark_neighbours(state: _State, slot: int) -> None:
+    """Marks the neighbours of a region with their edges, and drops edges that are gone from its list."""
+    entry = state.regions[slot].first
+    state.regions[slot].first = -1
+    while entry >= 0:
+        next_entry = state.following[entry]
+        edge = state.edges[entry >> 1]
+        if edge.owner >= 0:
+            state.regions[edge.ends ^ slot].mark = entry >> 1
+            _append(state, slot, entry)
+        entry = next_entry
+
+
+@_step
+def _join_patches(state: _State, a: int, b: int, distance: float, radius: float) -> None:
     """Makes slot `a` the union of `a` and `b`: centre and its error bound, size, patches."""
-    kept, gone = regions[a], regions[b]
+    kept, gone = state.regions[a], state.regions[b]
     weight = gone.size / (kept.size + gone.size)
-    _move_centre(centres, a, b, weight)
+    _move_centre(state.centres, a, b, weight)
     kept.error += weight * (gone.error - kept.error) + ROUNDOFF * (radius + 3 * weight * distance)
     kept.size += gone.size
-    regions[kept.last_patch].next_patch = b
+    state.regions[kept.last_patch].next_patch = b
     kept.last_patch = gone.last_patch
 
 
 @_kernel
-def _merge_all(
-    features: np.ndarray,
-    centres: np.ndarray,
-    edges: np.ndarray,
-    following: np.ndarray,
-    regions: np.ndarray,
-    tournament: np.ndarray,
-    radius: float,
-    scratch: np.ndarray,
-    children: np.ndarray,
-    costs: np.ndarray,
-) -> None:
-    """Algorithm 1 into children int32 [N-1, 2] and costs float32 [N-1]."""
+def _merge_all(state: _State, radius: float, children: np.ndarray, costs: np.ndarray) -> None:
+    """Algorithm 1 into children int32 [N-1, 2] and costs float32 [N-1]; radius: largest norm of a feature."""
+    regions = state.regions
     for step in range(costs.size):
-        a = _cheapest(features, centres, edges, following, regions, tournament, scratch)
-        edge = edges[regions[a].best]
+        a = _cheapest(state)
+        edge = state.edges[regions[a].best]
         b = edge.ends ^ a
         children[step, 0], children[step, 1] = regions[b].node, regions[a].node  # the owner `a` is the newer one
         costs[step] = (edge.lower + edge.upper) / 2
         distance = math.sqrt(edge.upper / _weight(regions[a].size, regions[b].size))
-        _join_neighbours(edges, following, regions, a, b, edge, distance)
-        _join_patches(centres, regions, a, b, distance, radius)
+        _join_neighbours(state, a, b, edge, distance)
+        _join_patches(state, a, b, distance, radius)
         regions[a].node = costs.size + 1 + step
-        _play(tournament, regions, b, np.inf)
-        _play(tournament, regions, a, _choose_best(centres, edges, following, regions, a))
+        _play(state, b, np.inf)
+        _play(state, a, _choose_best(state, a))

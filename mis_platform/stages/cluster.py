@@ -24,6 +24,8 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Torch's threads otherwise spin while they wait for each other, on cores that loading tasks need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on

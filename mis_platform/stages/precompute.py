@@ -330,21 +330,25 @@ def compute_all(
     out: Storage,
     progress: Progress,
 ) -> tuple[list[Part], list[Refused]]:
-    """Parts and refused photos. Photos of chunks whose workers died again and again get a chunk of their own."""
+    """Parts and refused photos.
+
+    Photos of chunks whose workers died are tried again, one by one, so that a photo that ends every process which
+    touches it takes no other with it.
+    """
     tally = Tally(progress)
     lost = list(photos)
     try:
         for chunk_images in (resources.chunk_images, 1):
-            alone = resources.model_copy(update={"chunk_images": chunk_images})
-            for record in compute(lost, features, data, alone, out) if lost else ():
+            chunked = resources.model_copy(update={"chunk_images": chunk_images})
+            for record in compute(lost, features, data, chunked, out) if lost else ():
                 tally.add(record)
             lost = [photo for photo in lost if photo[0] not in tally.image_ids]
             gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
     finally:
         progress.close()
-    message = f"its worker process died {RETRIES + 1} times"
-    died = [Refused(name, printable(os.fsdecode(path)), "worker", INTERNAL, message) for name, path in lost]
-    return tally.parts, tally.refused + died
+    died = "its worker process died whenever it came to this photo"
+    refused = [Refused(name, printable(os.fsdecode(path)), "worker", INTERNAL, died) for name, path in lost]
+    return tally.parts, tally.refused + refused
 
 
 def compute(
@@ -352,7 +356,7 @@ def compute(
 ) -> Iterator[Row]:
     """The records of the chunks, in the order in which they are finished.
 
-    A chunk is left out when its worker dies again and again; Ray's error is raised when there are too many of those.
+    A chunk is left out when its worker dies and dies again; Ray's error is raised when there are too many of those.
     """
     cluster.quiet_data()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
@@ -362,12 +366,14 @@ def compute(
     chunks = chunk_dataset(photos, resources.chunk_images)
     chunks.context.max_errored_blocks = LOST_CHUNKS
     actors = resources.extractors or gpus or cluster.cpus()
+    # A chunk that waits at a worker is lost with it. Single photos are handed out one at a time for that reason.
+    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1)
     if gpus:
         share = min(1.0, gpus / actors)
-        chunks = in_steps(chunks, features, data, out, resources.chunk_images, actors, "cuda", num_gpus=share)
+        records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", num_gpus=share)
     else:
-        chunks = in_whole_chunks(chunks, features, data, out, actors)
-    yield from read_records(chunks)
+        records = in_whole_chunks(chunks, features, data, out, pool)
+    yield from read_records(records)
 
 
 def read_records(records: ray.data.Dataset) -> Iterator[Row]:
@@ -394,14 +400,18 @@ def decode(photo: Photo, data: DataConfig) -> np.ndarray:
 
 
 def in_whole_chunks(
-    chunks: ray.data.Dataset, features: FeaturesConfig, data: DataConfig, out: Storage, actors: int
+    chunks: ray.data.Dataset, features: FeaturesConfig, data: DataConfig, out: Storage, pool: ray.data.ActorPoolStrategy
 ) -> ray.data.Dataset:
     """Every worker takes chunks from files to part."""
-    return map_in_actors(chunks, ChunkWorker, (features, data, out), actors, num_cpus=1)
+    return map_in_actors(chunks, ChunkWorker, (features, data, out), pool, num_gpus=None)
 
 
 def map_in_actors(
-    rows: ray.data.Dataset, worker: type, arguments: tuple[Any, ...], actors: int, **resources: float | None
+    rows: ray.data.Dataset,
+    worker: type[Any],
+    arguments: tuple[Any, ...],
+    pool: ray.data.ActorPoolStrategy,
+    num_gpus: float | None,
 ) -> ray.data.Dataset:
     """worker: a class whose instances turn a table of one row into a table; arguments: of its constructor."""
     with warnings.catch_warnings():
@@ -412,9 +422,9 @@ def map_in_actors(
             fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            compute=pool,
+            num_gpus=num_gpus,
             ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
-            **resources,
         )
 
 
@@ -461,14 +471,14 @@ def in_steps(
     data: DataConfig,
     out: Storage,
     chunk_images: int,
-    actors: int,
+    pool: ray.data.ActorPoolStrategy,
     device: str,
     num_gpus: float | None,
 ) -> ray.data.Dataset:
     """Tasks decode, actors that keep the network on their GPU describe, tasks merge and write."""
     decode_task, merge_task = functools.partial(decode_chunk, data=data), functools.partial(merge_chunk, out=out)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    described = map_in_actors(decoded, FeatureWorker, (features, device), actors, num_gpus=num_gpus)
+    described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus)
     return described.map_batches(merge_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=1)
 
 

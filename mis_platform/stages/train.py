@@ -57,7 +57,7 @@ from mis_platform.stages.training_loop import (
     save_checkpoint,
     share_of_batch,
 )
-from mis_platform.storage import Storage
+from mis_platform.storage import Storage, StorageError
 
 VERSION = 1
 
@@ -106,19 +106,22 @@ def train(
     checkpoints into out/steps. The digest is that of the model.
 
     Raises ValueError for settings that cannot work (batch and workers, a cluster that is too small, missing weights),
-    TrainingDiverged when the loss stops being finite, Ray's TrainingFailedError when workers fail more than
-    resources.max_failures times. Ctrl-C leaves a checkpoint and raises KeyboardInterrupt.
+    TrainingDiverged when the loss stops being finite; when workers fail more than resources.max_failures times,
+    StorageError if they could not write, else RuntimeError. Ctrl-C leaves a checkpoint and raises KeyboardInterrupt.
     """
     share_of_batch(run.train.batch_size, resources.num_workers)
     dataset = dataclasses.replace(dataset, root=dataset.root.resolve())  # workers have their own working directories
     stream = open_stream(dataset, trees, run)
     schedule = Schedule(len(stream.image_ids), run.train)
     done = complete_steps(out)
-    for row in load_history(out, done[-1]) if done else []:
-        on_metrics(*_split(row))
+    if not done and run.model.init == "mae":
+        initial_model(run)  # missing or wrong weights are refused here, before Ray starts
+    relay = Relay(out, on_metrics)
+    relay.catch_up()
     if not done or done[-1] < schedule.total_steps:
         with cluster.cluster():
-            _train_on_cluster(stream, schedule, resources, out, on_metrics)
+            _train_on_cluster(stream, schedule, resources, out, relay)
+        relay.catch_up()
     return _publish(out, schedule)
 
 
@@ -137,11 +140,40 @@ def _publish(out: Storage, schedule: Schedule) -> Output:
     return Output(parts=tuple(parts), digest=parts[0].digest, summary=summary)
 
 
-def _split(row: dict[str, float]) -> tuple[int, dict[str, float]]:
-    return int(row["step"]), {name: value for name, value in row.items() if name != "step"}
-
-
 # -- the driver ------------------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """Tells `on_metrics` every logged step once, in order, however often the workers start again.
+
+    A checkpoint may hold steps that were never reported: their driver was killed while a worker still ran.
+    """
+
+    def __init__(self, out: Storage, on_metrics: Callable[[int, dict[str, float]], None]) -> None:
+        self._out = out
+        self._on_metrics = on_metrics
+        self._newest = 0  # step that was passed on, or seen and not to be logged
+
+    def catch_up(self, before: float = math.inf) -> None:
+        """Pass on what the newest checkpoint has logged of the steps up to `before`, exclusive."""
+        done = complete_steps(self._out)
+        for row in load_history(self._out, done[-1]) if done else []:
+            if row["step"] < before:
+                self._tell(row)
+
+    def add(self, row: dict[str, float], is_logged: bool) -> None:
+        """The next step of the workers."""
+        if row["step"] > self._newest + 1:
+            self.catch_up(row["step"])
+        if is_logged:
+            self._tell(row)
+        self._newest = max(self._newest, int(row["step"]))
+
+    def _tell(self, row: dict[str, float]) -> None:
+        step = int(row["step"])
+        if step > self._newest:
+            self._newest = step
+            self._on_metrics(step, {name: value for name, value in row.items() if name != "step"})
 
 
 def _train_on_cluster(
@@ -149,7 +181,7 @@ def _train_on_cluster(
     schedule: Schedule,
     resources: Resources,
     out: Storage,
-    on_metrics: Callable[[int, dict[str, float]], None],
+    relay: Relay,
 ) -> None:
     cluster.quiet_data()
     scaling, loaders, threads = plan(resources)
@@ -167,14 +199,14 @@ def _train_on_cluster(
                 failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             ),
         )
-        _follow(_in_background(trainer.fit), channel, job, on_metrics)
+        _follow(_in_background(trainer.fit), channel, job, relay)
 
 
 def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
     """(what to reserve, example tasks per worker, torch threads per worker) on this cluster.
 
-    The CPUs that a worker reserves are for its loading tasks too, which ask for none of their own: tasks that had to
-    wait for a free CPU would wait for ever where the workers hold all of them.
+    A worker reserves at most one CPU, so that it fits on any node. The example tasks ask for none: where the workers
+    hold all CPUs, tasks that need one would wait for ever.
     Raises ValueError with the arithmetic when the cluster is too small.
     """
     workers, cpus, gpus = resources.num_workers, cluster.cpus(), cluster.gpus()
@@ -250,22 +282,19 @@ def _in_background(function: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-def _follow(fit: "Future[Any]", channel: Any, job: Job, on_metrics: Callable[[int, dict[str, float]], None]) -> None:
+def _follow(fit: "Future[Any]", channel: Any, job: Job, relay: Relay) -> None:
     """Pass metrics on and show progress until the training ends; raise what ended it early."""
     print(f"train: starting {job.resources.num_workers} worker(s)", file=sys.stderr, flush=True)
     progress: Progress | None = None
     batch, total = job.run.train.batch_size, job.schedule.total_steps
-    newest = max(complete_steps(job.out), default=0)
     try:
         while True:
             is_over = fit.done()
             for row in ray.get(channel.take.remote()):
-                step, metrics = _split(row)
+                step = int(row["step"])
                 progress = progress or Progress("train", total * batch, "images", start=step * batch)
-                progress.update(step * batch, f"step {step}/{total}, loss {metrics['loss']:.4f}")
-                if step > newest and _is_logged(job, step):
-                    on_metrics(step, metrics)
-                newest = max(newest, step)
+                progress.update(step * batch, f"step {step}/{total}, loss {row['loss']:.4f}")
+                relay.add(row, _is_logged(job, step))
             if is_over:
                 break
             time.sleep(POLL_SECONDS)
@@ -281,7 +310,22 @@ def _follow(fit: "Future[Any]", channel: Any, job: Job, on_metrics: Callable[[in
     failure = ray.get(channel.failure.remote())
     if failure is not None:
         raise failure
-    fit.result()
+    try:
+        fit.result()
+    except ray.train.TrainingFailedError as error:
+        raise _explained(error, job) from error
+
+
+def _explained(error: ray.train.TrainingFailedError, job: Job) -> Exception:
+    """Ray's report of failed workers as one line; StorageError when a worker could not read or write."""
+    causes = list(getattr(error, "worker_failures", {}).values())
+    of_storage = [cause for cause in causes if isinstance(cause, OSError)]
+    cause = str((of_storage or causes or [error])[0]).strip().splitlines()[0]
+    message = (
+        f"training failed {job.resources.max_failures + 1} time(s), the last time with: {cause}; "
+        f"the same command resumes at step {max(complete_steps(job.out), default=0)}"
+    )
+    return StorageError(message) if of_storage else RuntimeError(message)
 
 
 def _is_logged(job: Job, step: int) -> bool:
@@ -314,6 +358,7 @@ def _train_steps(job: Job, channel: Any) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
+    torch.backends.cudnn.benchmark = True  # all inputs have one size
     cluster.quiet_data()
     learner, start, history = _resume(job)
     total = job.schedule.total_steps
@@ -403,13 +448,13 @@ def _started(batches: Iterable[Any]) -> Iterator[Any]:
 
 def examples(job: Job, numbers: np.ndarray) -> ray.data.Dataset:
     """The examples of `numbers` (int64 [n]), in this order: a row each, columns named like the fields of Example."""
-    # No CPUs: `plan` reserves them with the workers.
     dataset = ray.data.read_datasource(
         Numbers(numbers),
         num_cpus=0,
         compute=TaskPoolStrategy(size=job.loaders),
         override_num_blocks=math.ceil(len(numbers) / EXAMPLES_PER_TASK),
     )
+    dataset.context.raise_original_map_exception = True
     options = dataset.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(object_store_memory=LOADED_BYTES)

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -26,6 +26,7 @@ def placed(points: np.ndarray, positive: bool) -> np.ndarray:
     return rows[rows[:, 0] >= 0, :2].astype(int)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9), st.integers(0, 10**6))
 def test_growing_and_shrinking_are_opencvs(height, width, steps, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.2

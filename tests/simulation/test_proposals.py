@@ -9,6 +9,7 @@ from mis_platform.simulation.proposals import best_overlap, mask_at_image_size
 from mis_platform.simulation.ward import merge
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 600), st.integers(1, 600))
 def test_masks_grow_as_opencv_grows_them(rows, cols, height, width):
     mask = np.random.default_rng(rows).random((rows, cols)) < 0.5

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mis_platform.simulation.tree import MergeTree
@@ -20,6 +20,7 @@ def random_tree(height: int, width: int, seed: int) -> MergeTree:
     return MergeTree(np.array(children, np.int32).reshape(-1, 2), costs, (height, width))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32))
 def test_spans_and_masks_are_the_leaves_below_each_node(height, width, seed):
     tree = random_tree(height, width, seed)

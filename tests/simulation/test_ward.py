@@ -1,10 +1,13 @@
 """Ward merging against scikit-learn, a literal Algorithm 1 and the golden tree; the invariants; odd grids."""
 
+import time
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from skimage import data
@@ -98,6 +101,24 @@ def test_random_grids_give_the_regions_of_scikit_learn(height, width, channels, 
         assert regions_of(merge(features).children, height * width) == scikit_learn_regions(features)
 
 
+@pytest.mark.parametrize(("offset", "channels"), [(0, 384), (10, 384), (1000, 24), (1e5, 24)])
+def test_the_order_of_merges_is_that_of_float64(offset, channels):
+    """With a large common offset float32 centres tell nothing apart, and every cost has to be refined."""
+    rng = np.random.default_rng(2)
+    features = (offset + gaussian_filter(rng.normal(size=(24, 31, channels)), (2, 2, 0))).astype(np.float32)
+    expected, *_ = ward_tree(features.reshape(-1, channels), connectivity=grid_to_graph(24, 31))
+    np.testing.assert_array_equal(merge(features).children, np.sort(expected, axis=1))
+
+
+def test_a_checkerboard_of_nothing_but_ties_is_merged_in_reasonable_time():
+    features = np.repeat((np.indices((47, 63)).sum(0) % 2)[..., None], 24, axis=-1).astype(np.float32)
+    merge(features[:4, :4])
+    began = time.perf_counter()
+    tree = merge(features)
+    assert time.perf_counter() - began < 10  # 0.2 s alone on one core; minutes if each tie summed its patches anew
+    assert tree.costs.sum(dtype=np.float64) == pytest.approx(((features - features.mean((0, 1))) ** 2).sum(), rel=1e-4)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32))
 def test_among_ties_every_merge_is_one_of_the_cheapest(height, width, channels, seed):
@@ -135,7 +156,7 @@ def test_costs_may_decrease_from_one_merge_to_the_next():
     assert (np.diff(merge(features).costs) < 0).any()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e16, 3e38])
 def test_features_that_are_no_numbers_are_refused(value):
     features = np.zeros((4, 5, 3), np.float32)
     features[2, 3, 1] = value

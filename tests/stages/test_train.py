@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.train import WorkerGroupError
 from ray.util.state import list_workers
 from training_material import make_material, tiny_run
 
 from mis_platform.artifacts import sha256
 from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.examples import open_stream
+from mis_platform.data.images import ImageRefused
 from mis_platform.model.weights import load_model, read_config
-from mis_platform.stages.train import plan, train
-from mis_platform.stages.training_loop import TrainingDiverged, complete_steps, load_history
-from mis_platform.storage import Storage
+from mis_platform.stages.train import Job, _explained, plan, train
+from mis_platform.stages.training_loop import Schedule, TrainingDiverged, complete_steps, load_history
+from mis_platform.storage import Storage, StorageError
 
 Material = tuple[Dataset, Storage]
 Metrics = dict[str, float]
@@ -172,6 +175,32 @@ def test_divergence_on_any_worker_is_reported_once(ray_cluster: None, material: 
     with pytest.raises(TrainingDiverged, match=r"not finite at step [23] .*images: 00\d, 00\d, 00\d, 00\d$"):
         train(material[0], run, material[1], resources(num_workers=2, max_failures=3), Storage(str(tmp_path)), recorder)
     assert 1 <= len(recorder.rows) <= 2
+
+
+@pytest.mark.ray
+def test_a_photo_that_has_gone_bad_is_named(ray_cluster: None, tmp_path: Path) -> None:
+    dataset, trees = make_material(tmp_path / "material", count=2)
+    dataset.image_path(dataset.image_ids[0]).write_bytes(b"no photo any more")
+    out = Storage(str(tmp_path / "out"))
+    with pytest.raises(ImageRefused, match=dataset.image_ids[0]):
+        train(dataset, short_run(), trees, resources(), out, Recorder())
+    assert complete_steps(out) == []
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [(OSError(28, "No space left on device"), StorageError), (RuntimeError("out of memory\nsome trace"), RuntimeError)],
+)
+def test_failed_workers_are_explained_in_a_line(
+    cause: Exception, kind: type[Exception], material: Material, tmp_path: Path
+) -> None:
+    stream = open_stream(*material, short_run())
+    job = Job(stream, Schedule(5, stream.run.train), resources(max_failures=1), Storage(str(tmp_path)), 1, 1)
+    explained = _explained(WorkerGroupError("many\nlines", {1: RuntimeError("connection reset"), 0: cause}), job)
+    assert type(explained) is kind
+    assert str(explained).startswith("training failed 2 time(s), the last time with: ")
+    assert str(explained).endswith("; the same command resumes at step 0")
+    assert "\n" not in str(explained)
 
 
 @pytest.mark.ray
