@@ -345,7 +345,8 @@ def _work(job: Job, channel: Any) -> None:
         ray.get(channel.fail.remote(error))
     except ValueError as error:
         ray.get(channel.fail.remote(_plain(error)))
-        raise
+        if job.resources.num_workers > 1:
+            raise  # the others wait for this worker; Ray stops them and starts all again, and they return above
 
 
 def _plain(error: ValueError) -> ValueError:
