@@ -5,7 +5,7 @@
     python benchmarks/training.py --variant vit_b --batch 32 --precision bf16 --images-at-once 32      # on a GPU
 
 Both sides train the same model on the same examples with the same arithmetic, so in fp32 their losses agree; what
-differs is who makes the examples, and --precision for the stage. Rounds alternate between the two, because other load
+differs is who makes the examples, and the stage's --precision. Rounds alternate between the two, because other load
 on the machine drifts. The rate leaves out the first steps; the time until the first one is reported by itself.
 """
 
@@ -60,6 +60,7 @@ def measure(began: float, done: list[float], loss: float, batch: int) -> Measure
 
 
 def plain_loop(dataset: Dataset, trees: Storage, options: argparse.Namespace) -> Measured:
+    torch.set_num_threads(cpus())
     run = settings(options, "fp32")
     began = time.perf_counter()
     stream = open_stream(dataset, trees, run)

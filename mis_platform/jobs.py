@@ -50,10 +50,12 @@ def evaluate(
     root: Storage,
     experiment: str = EXPERIMENT,
     name: str | None = None,
+    pictures: int = PICTURES,
 ) -> list[report.Score]:
     """Scores of a saved model on each benchmark, in MLflow too: `grabcut/noc85`, `grabcut/iou` by clicks, pictures.
 
-    run: only its `eval` settings are used; the others are those that the model was trained with.
+    run: only its `eval` settings are used; the others are those that the model was trained with. pictures: objects
+    drawn for each benchmark.
     """
     for benchmark in benchmarks:
         _require_masks(benchmark)
@@ -66,7 +68,7 @@ def evaluate(
             score = report.read_score(clicks, name)
             tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
             _log_score(tracker, score, clicks)
-            _draw_objects(tracker, benchmark, model, run, clicks)
+            _draw_objects(tracker, benchmark, model, run, clicks, pictures)
             scores.append(score)
         tracker.log_text(report.summary_table(scores, markdown=True), "noc.md")
     return scores
@@ -156,14 +158,16 @@ def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) 
     tracker.log_figure(figures.iou_curve({score.model: curve}), f"figures/{prefix}/iou.png")
 
 
-def _draw_objects(tracker: tracking.Tracker, benchmark: Dataset, model: Storage, run: Run, clicks: Storage) -> None:
+def _draw_objects(
+    tracker: tracking.Tracker, benchmark: Dataset, model: Storage, run: Run, clicks: Storage, count: int
+) -> None:
     """Clicks and masks of a few objects, from the easiest to the hardest (the paper's Figure 7)."""
     if model.local is None:
         return
     predictor = Predictor.from_pretrained(
         model.local, zoom_size=pipeline.zoom_size_of(benchmark, run), config=run.eval
     )  # fmt: skip
-    for rank, figure in enumerate(draw_objects(benchmark, predictor, clicks)):
+    for rank, figure in enumerate(draw_objects(benchmark, predictor, clicks, count)):
         tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
 
 

@@ -20,7 +20,7 @@ from mis_platform.progress import duration
 from mis_platform.stages.cluster import cluster
 from mis_platform.storage import Storage
 
-PHOTOS, OBJECTS = 36, 16
+PHOTOS, OBJECTS, DRAWN = 36, 10, 2
 EXPERIMENT = "quickstart"
 
 # What fits into minutes on two cores: no weights to load, the smallest model, one attention window, a high rate.
@@ -32,9 +32,12 @@ SETTINGS = [
     "eval.zoom_size=224",
     "eval.davis_zoom_size=224",
     "train.batch_size=8",
-    "train.learning_rate=5e-4",
-    "train.epochs=80",
-    "train.decay_epochs=[65]",
+    "train.learning_rate=1e-3",
+    "train.epochs=40",
+    "train.decay_epochs=[34]",
+    "train.smooth_weight=1",
+    "clicks.iterative_clicks=1",
+    "augment.color_augmentation=false",
 ]
 RESOURCES = ["batch_per_device=8", "log_every=5", "checkpoint_every=100"]
 
@@ -95,7 +98,7 @@ def _unfinished(folder: Path) -> Path:
 def _score(
     benchmark: Dataset, model: Storage, run: Run, resources: Resources, root: Storage, name: str
 ) -> report.Score:
-    return jobs.evaluate([benchmark], model, run, resources, root, EXPERIMENT, name)[0]
+    return jobs.evaluate([benchmark], model, run, resources, root, EXPERIMENT, name, DRAWN)[0]
 
 
 def _draw(
@@ -125,7 +128,7 @@ def _draw(
     assert models[1].local is not None
     predictor = Predictor.from_pretrained(models[1].local, config=run.eval)
     clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, models[1]), root)
-    for k, figure in enumerate(jobs.draw_objects(benchmark, predictor, clicks)):
+    for k, figure in enumerate(jobs.draw_objects(benchmark, predictor, clicks, DRAWN)):
         drawn[f"clicks-{k}.png"] = figure
     for name, figure in drawn.items():
         (folder / name).write_bytes(figures.to_png(figure))

@@ -8,8 +8,7 @@ from typing import Any
 
 import ray
 
-LOOPBACK = "127.0.0.1"
-LOCAL = {"include_dashboard": True, "dashboard_host": LOOPBACK, "_node_ip_address": LOOPBACK}
+LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
 
 @contextlib.contextmanager
@@ -18,8 +17,8 @@ def cluster() -> Iterator[None]:
 
     A Ray that is already initialised (a notebook, a test session, an enclosing stage) is used as it is. A started one
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
-    to change that) and the dashboard, on the loopback address: placement groups of stopped trials are only cleaned up
-    while its state API answers.
+    to change that) on the ports it opens, and the dashboard, on the loopback address: placement groups of stopped
+    trials are only cleaned up while its state API answers.
     """
     if ray.is_initialized():
         yield

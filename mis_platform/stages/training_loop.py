@@ -3,6 +3,7 @@
 What decides the result is the global batch. Losses are means over it; every random number of an example (dropout,
 colours, iterative clicks) comes from the example's own generator, the number of click passes from the step's. So
 neither the number of workers nor the size of a forward pass changes more than the order of floating-point additions.
+(Over many steps that may grow: a pixel on the edge of an error region can move a click.)
 
 Shape suffixes: B images, H W pixels, N click slots of both signs.
 """

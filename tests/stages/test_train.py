@@ -162,7 +162,8 @@ def test_a_killed_training_continues_to_the_bit(
 
 
 def kill_train_worker() -> None:
-    for worker in list_workers(filters=[("is_alive", "=", True)], raise_on_missing_output=False):
+    here = ray.get_runtime_context().gcs_address  # other clusters may run on this machine
+    for worker in list_workers(here, filters=[("is_alive", "=", True)], raise_on_missing_output=False):
         name = Path(f"/proc/{worker.pid}/cmdline").read_bytes().decode(errors="replace")
         if name.startswith("ray::RayTrainWorker"):
             os.kill(worker.pid, signal.SIGKILL)
