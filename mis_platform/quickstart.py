@@ -1,4 +1,4 @@
-"""The whole method in five minutes on two cores: `mis quickstart`.
+"""The whole method in minutes on two cores: `mis quickstart`.
 
 Photographs that scikit-image and scikit-learn carry in their wheels, a small benchmark with exact masks made from them,
 merge trees, a short training, the scores of the untrained and of the trained model, pictures, all of it in MLflow. It
