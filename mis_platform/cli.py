@@ -17,6 +17,7 @@ import typer
 if TYPE_CHECKING:
     from mis_platform.config import Resources, Run
     from mis_platform.storage import Storage
+    from mis_platform.sweep import Sweep
 
 USAGE, DATA, FAILURES, MISMATCH, LOST, INTERRUPTED = 2, 3, 4, 5, 6, 130
 
@@ -36,6 +37,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Datasets: what is there, and is it whole?")
 app.add_typer(data_app, name="data")
+run_app = typer.Typer(no_args_is_help=True, help="Experiments: every table and figure of the paper.")
+app.add_typer(run_app, name="run")
 
 RootOption = Annotated[
     str, typer.Option("--root", envvar="MIS_ROOT", help="Where artifacts go: a folder, or s3://bucket/prefix.")
@@ -48,6 +51,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="A setting, e.g. sampling.alpha=0.8 (all: `mis show`)."),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what is done and what is missing; run nothing.")]
+ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the experiment: paper, small or smoke.")]
+OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Only this row; repeat for more.")]
+SeedsOption = Annotated[int, typer.Option("--seeds", min=1, max=100, help="Trainings of each row, with other seeds.")]
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
 ]
@@ -144,36 +150,83 @@ def evaluate(
     return None
 
 
-@app.command()
-def show(
-    dataset: DatasetOption = None,
+@app.command(name="list")
+def list_experiments() -> None:
+    """The experiments and their questions."""
+    from mis_platform import experiment
+
+    files = experiment.list_experiments()
+    if not files:
+        raise ValueError(f"there are no experiments in {experiment.experiments_folder()}; set MIS_EXPERIMENTS")
+    width = max(map(len, files))
+    for name, file in files.items():
+        typer.echo(f"{name:<{width}}  {experiment.question_of(file)}")
+
+
+@run_app.command(name="sweep")
+def run_sweep(
+    name: Annotated[str, typer.Argument(help="An experiment, see `mis list`.")],
+    profile: ProfileOption = "paper",
+    only: OnlyOption = None,
+    seeds: SeedsOption = 1,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed."""
+    from mis_platform.comparison import render
+
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
+    if dry_run:
+        return _print_sweep(prepared)
+    _writable(root)
+    from mis_platform import sweep
+
+    comparison = sweep.run_sweep(prepared)
+    typer.echo(render(comparison, "text"))
+    typer.echo(f"\nreport and figures: {prepared.directory}", err=True)
+    failed = [outcome for outcome in sweep.outcomes(prepared) if outcome.state == "failed"]
+    for outcome in failed:
+        typer.echo(f"failed: {outcome.row.name}, seed {outcome.seed}: {outcome.reason}", err=True)
+    if failed:
+        raise typer.Exit(FAILURES)
+    return None
+
+
+@app.command(name="report")
+def report_experiment(
+    name: Annotated[str, typer.Argument(help="An experiment, see `mis list`.")],
+    profile: ProfileOption = "paper",
+    only: OnlyOption = None,
+    seeds: SeedsOption = 1,
+    form: Annotated[str, typer.Option("--format", help="text, markdown, html or json.")] = "text",
     root: RootOption = "artifacts",
     data_root: DataRootOption = None,
     assignments: SetOption = None,
 ) -> None:
-    """Print every setting with its value, and which stages are done."""
-    from mis_platform.config import Resources, Run, fingerprint, flatten
+    """The table of an experiment beside the paper's, from what is done so far; runs nothing."""
+    from mis_platform import sweep
+    from mis_platform.comparison import render
 
-    run, resources = _settings(assignments, dataset=dataset)
-    width = max(map(len, flatten(run)))
-    for settings, default, prefix in ((run, Run(), ""), (resources, Resources(), "resources.")):
-        for name, value in flatten(settings, prefix).items():
-            changed = (
-                ""
-                if flatten(default, prefix)[name] == value
-                else f"   (default {_spell(flatten(default, prefix)[name])})"
-            )
-            typer.echo(f"{name:<{width}}  {_spell(value)}{changed}")
-    typer.echo(f"\nfingerprint {fingerprint(run)}")
-    from mis_platform import pipeline
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
+    typer.echo(render(sweep.compare_rows(prepared)[0], form))
 
-    try:
-        photos = pipeline.training_photos(run, data_root)
-        stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
-    except ValueError as error:
-        typer.echo(f"stages: {error}")
-    else:
-        _print_plan([stage], root)
+
+@app.command()
+def show(
+    name: Annotated[str | None, typer.Argument(help="An experiment; without one, all settings.")] = None,
+    dataset: DatasetOption = None,
+    profile: ProfileOption = "paper",
+    seeds: SeedsOption = 1,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Every setting with its value, or an experiment: its question, its rows, what is done and what is missing."""
+    if name is not None:
+        return _print_sweep(_sweep(name, profile, None, seeds, root, data_root, assignments))
+    return _print_settings(dataset, root, data_root, assignments)
 
 
 @app.command()
@@ -217,6 +270,91 @@ def data_verify(
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _print_settings(
+    dataset: str | None, root: str, data_root: Path | None, assignments: list[str] | None
+) -> None:  # fmt: skip
+    from mis_platform.config import Resources, Run, fingerprint, flatten
+
+    run, resources = _settings(assignments, dataset=dataset)
+    width = max(map(len, flatten(run)))
+    for settings, default, prefix in ((run, Run(), ""), (resources, Resources(), "resources.")):
+        for name, value in flatten(settings, prefix).items():
+            changed = (
+                ""
+                if flatten(default, prefix)[name] == value
+                else f"   (default {_spell(flatten(default, prefix)[name])})"
+            )
+            typer.echo(f"{name:<{width}}  {_spell(value)}{changed}")
+    typer.echo(f"\nfingerprint {fingerprint(run)}")
+    from mis_platform import pipeline
+
+    try:
+        photos = pipeline.training_photos(run, data_root)
+        stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
+    except ValueError as error:
+        typer.echo(f"stages: {error}")
+    else:
+        _print_plan([stage], root)
+
+
+def _sweep(
+    name: str,
+    profile: str,
+    only: list[str] | None,
+    seeds: int,
+    root: str,
+    data_root: Path | None,
+    assignments: list[str] | None,
+) -> "Sweep":
+    """What the words of a command line mean; typing errors are told before anything heavy is imported."""
+    from mis_platform.config import Resources, override
+    from mis_platform.experiment import load_experiment
+
+    given = list(assignments or [])
+    wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
+    deciding = [text for text in given if not text.startswith("resources.")]
+    resources = override(Resources(), wide)
+    load_experiment(name).with_profile(profile).select(only or []).with_settings(deciding)
+    from mis_platform import sweep
+
+    return sweep.prepare(
+        name,
+        profile=profile,
+        root=_root(root),
+        data_root=data_root,
+        resources=resources,
+        assignments=deciding,
+        only=only or [],
+        seeds=seeds,
+    )
+
+
+def _print_sweep(prepared: "Sweep") -> None:
+    """The question, the rows with the settings that tell them apart, what is done, what is missing, the work left."""
+    from mis_platform.config import flatten
+
+    experiment, varied = prepared.experiment, prepared.experiment.varied()
+    typer.echo(f"{prepared.name} ({experiment.source}, profile {prepared.profile}): {experiment.question}")
+    if experiment.note:
+        typer.echo(experiment.note)
+    typer.echo("")
+    width = max(len(row.name) for row in experiment.rows) + len(" seed 00")
+    tasks = {(task.row.name, task.seed): task for task in prepared.tasks}
+    for row in experiment.rows:
+        if row.quoted:
+            typer.echo(f"{'quoted':<8}  {row.name:<{width}}  {row.quoted}")
+        for seed in range(0 if row.quoted else prepared.seeds):
+            settings = ", ".join(f"{name}={_spell(flatten(row.run)[name])}" for name in varied)
+            task, why = tasks.get((row.name, seed)), prepared.refused.get((row.name, seed))
+            state = "refused" if task is None else _state(task, prepared)
+            typer.echo(f"{state:<8}  {row.name + (f' seed {seed}' if seed else ''):<{width}}  {why or settings}")
+    typer.echo(f"\n{prepared.work()}")
+
+
+def _state(task: Any, prepared: "Sweep") -> str:
+    return "done" if task.is_done(prepared.root, prepared.resources) else "missing"
 
 
 def _settings(assignments: list[str] | None, **named: Any) -> "tuple[Run, Resources]":

@@ -79,6 +79,24 @@ class SamplingConfig(Settings):
         return self
 
 
+class TargetConfig(Settings):
+    """What a training learns to segment (the label fractions of Table 2; supervised SimpleClick)."""
+
+    source: Literal["tree", "labels"] = "tree"  # proposals of a merge tree (unsupervised) | objects of the masks
+    fraction: float = Field(1.0, gt=0, le=1)  # share of the images whose labels may be seen, rounded down
+    subset: Literal["first", "random"] = "first"  # of the images: first in the list (official code) | drawn by seed
+    subset_seed: int = Field(0, ge=0)  # of subset=random; smaller fractions of one seed lie inside larger ones
+
+    @model_validator(mode="after")
+    def _subset_is_of_labels(self) -> "TargetConfig":
+        if self.source == "tree" and (self.fraction < 1 or self.subset != "first"):
+            raise ValueError(
+                "target.fraction and target.subset choose the images whose labels are seen: "
+                "they need target.source=labels"
+            )
+        return self
+
+
 class ClickConfig(Settings):
     """Simulated clicks of training (RITM; SimpleClick's settings)."""
 
@@ -191,6 +209,7 @@ class Run(Settings):
     data: DataConfig = DataConfig()
     features: FeaturesConfig = FeaturesConfig()
     sampling: SamplingConfig = SamplingConfig()
+    target: TargetConfig = TargetConfig()
     clicks: ClickConfig = ClickConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -212,6 +231,8 @@ class Resources(Settings):
     checkpoint_every: int = Field(200, ge=1)  # steps
     log_every: int = Field(10, ge=1)  # steps
     max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
+    trials: int | None = Field(None, ge=1)  # rows of a sweep at once; None: as many as the GPUs allow, one without
+    trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step after which a row counts as hung
 
 
 # What people type for a setting after the paper's symbols.

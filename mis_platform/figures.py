@@ -221,6 +221,46 @@ def iou_curve(
     return figure
 
 
+def noc_bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    lows: Sequence[float],
+    highs: Sequence[float],
+    paper: Sequence[float],
+    label: str = "NoC@90",
+) -> Figure:
+    """Clicks needed by each row of a table, with intervals, and the paper's numbers as hollow diamonds.
+
+    names: one a row, from the top down; values: our means, in clicks; lows, highs: their intervals; paper: its numbers.
+    NaN where there is none. Marks, not colours, tell ours from the paper's. Raises ValueError if the lengths differ.
+    """
+    if len({len(each) for each in (names, values, lows, highs, paper)}) != 1:
+        raise ValueError("names, values, lows, highs and paper need one entry for each row")
+    ours, low, high, theirs = (np.asarray(each, float) for each in (values, lows, highs, paper))
+    figure = Figure(figsize=(6.4, 1.2 + 0.34 * len(names)), layout="constrained", dpi=DPI)
+    panel = figure.add_subplot()
+    rows = np.arange(len(names))
+    here, known = np.isfinite(ours), np.isfinite(theirs)
+    panel.barh(rows[here], ours[here], 0.6, color="0.88", edgecolor="black", linewidth=0.8, hatch="///", label="ours")
+    reach = np.clip(np.nan_to_num(np.stack([ours - low, high - ours])), 0, None)[:, here]
+    panel.errorbar(
+        ours[here], rows[here], xerr=reach, fmt="none", ecolor="black", elinewidth=1.6, capsize=4,
+        label="95 % over objects",
+    )  # fmt: skip
+    panel.plot(
+        theirs[known], rows[known], linestyle="none", marker="D", markersize=7, markerfacecolor="white",
+        markeredgecolor="black", markeredgewidth=1.4, label="paper" if known.any() else None, zorder=4,
+    )  # fmt: skip
+    panel.set_yticks(rows, names)
+    panel.set_ylim(len(names) - 0.4, -0.6)
+    panel.set_xlim(left=0)
+    panel.set_xlabel(f"{label}, clicks (fewer is better)")
+    panel.grid(axis="x", alpha=0.25)
+    panel.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
 def loss_curve(history: Iterable[tuple[int, Mapping[str, float]]]) -> Figure:
     """Everything a training logged over its steps, one panel a quantity: each value, and their running mean.
 

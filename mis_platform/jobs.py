@@ -4,7 +4,6 @@ One MLflow run is one model under one click protocol: training fills in the loss
 pictures. The same model and protocol always find the same MLflow run again.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,15 +23,29 @@ TARGETS = (0.80, 0.85, 0.90, 0.95)  # IoU
 PICTURES = 4  # objects drawn for each benchmark: the easiest, the hardest and two between
 
 
-def train(photos: Dataset, run: Run, resources: Resources, root: Storage, experiment: str = EXPERIMENT) -> Storage:
-    """The directory of the trained model; trees and training are only made where they are missing."""
-    stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: log(step, metrics))
-    with _record(root, experiment, title(run), stage.fingerprint, run, resources) as tracker:
+def train(
+    photos: Dataset,
+    run: Run,
+    resources: Resources,
+    root: Storage,
+    experiment: str = EXPERIMENT,
+    pretraining: Stage | None = None,
+    name: str | None = None,
+    parent: str | None = None,
+) -> Storage:
+    """The directory of the trained model; trees and training are only made where they are missing.
+
+    pretraining: a stage that leaves the model to start from; it is finished first. name: of the MLflow run; parent:
+    fingerprint of the one it belongs to.
+    """
+    stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: log(step, metrics), pretraining)
+    with record(root, experiment, name or title(run), stage.fingerprint, run, resources, parent) as tracker:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
 
-        tracker.log_dataset(photos.name, photos.digest(), str(photos.root), "training")
+        digest = photos.digest(masks=run.target.source == "labels")
+        tracker.log_dataset(photos.name, digest, str(photos.root), "training")
         directory = finish(stage, root)
         history = report.read_history(directory)
         for step, metrics in history:  # what a process that was killed after its last step had no time to say
@@ -51,18 +64,19 @@ def evaluate(
     experiment: str = EXPERIMENT,
     name: str | None = None,
     pictures: int = PICTURES,
+    parent: str | None = None,
 ) -> list[report.Score]:
     """Scores of a saved model on each benchmark, in MLflow too: `grabcut/noc85`, `grabcut/iou` by clicks, pictures.
 
     run: only its `eval` settings are used; the others are those that the model was trained with. pictures: objects
-    drawn for each benchmark.
+    drawn for each benchmark. parent: as in `train`.
     """
     for benchmark in benchmarks:
         _require_masks(benchmark)
     trained = trained_with(model, run)
     name = name or title(trained)
     scores = []
-    with _record(root, experiment, name, model_fingerprint(model), trained, resources) as tracker:
+    with record(root, experiment, name, model_fingerprint(model), trained, resources, parent) as tracker:
         for benchmark in benchmarks:
             clicks = finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
             score = report.read_score(clicks, name)
@@ -84,7 +98,7 @@ def score_proposals(
     name = f"proposals {run.features.extractor}"
     for benchmark in benchmarks:
         stage = pipeline.overlap_stage(benchmark, run, resources)
-        with _record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
+        with record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
@@ -104,8 +118,13 @@ def finish(stage: Stage, root: Storage) -> Storage:
 def title(run: Run) -> str:
     """What people call a run: what it was trained on and the settings of the paper's ablations."""
     source = run.dataset.rstrip("/").rsplit("/", 1)[-1]
-    sampling = f"alpha {run.sampling.alpha:g}" if run.sampling.strategy == "top_down" else "uniform"
-    return f"{run.model.variant} {source} {sampling} lambda {run.train.smooth_weight:g}"
+    return f"{run.model.variant} {source} {_target_title(run)} lambda {run.train.smooth_weight:g}"
+
+
+def _target_title(run: Run) -> str:
+    if run.target.source == "labels":
+        return f"{100 * run.target.fraction:g}% labels"
+    return f"alpha {run.sampling.alpha:g}" if run.sampling.strategy == "top_down" else "uniform"
 
 
 def trained_with(model: Storage, run: Run) -> Run:
@@ -125,15 +144,17 @@ def model_fingerprint(model: Storage) -> str:
     return sha256(model.read_bytes("model.safetensors"))[:16]
 
 
-def _record(
-    root: Storage, experiment: str, name: str, model: str, run: Run, resources: Resources
-) -> contextlib.AbstractContextManager[tracking.Tracker]:
+def record(
+    root: Storage, experiment: str, name: str, model: str, run: Run, resources: Resources, parent: str | None = None
+) -> tracking.Tracker:
+    """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`."""
     return tracking.open_run(
         root,
         experiment=experiment,
         name=name,
         fingerprint=fingerprint({"model": model, "eval": plain(run.eval)}),
         params=flatten(run) | flatten(resources, "resources."),
+        parent=parent,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from mis_platform.artifacts import MANIFEST, Stage, read_manifest, sha256
 from mis_platform.config import Resources, Run, plain
 from mis_platform.data.benchmarks import Dataset, open_dataset
+from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
 from mis_platform.model.features import weights_digest
 from mis_platform.model.weights import fetch_mae
@@ -40,15 +41,28 @@ def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
     )
 
 
-def checkpoint_stage(dataset: Dataset, run: Run, resources: Resources, on_metrics: OnMetrics) -> Stage:
-    """A click model trained on simulated interactions (paper section 3.2). on_metrics: called with step and losses."""
-    groups = ("sampling", "clicks", "augment", "train")
+def checkpoint_stage(
+    dataset: Dataset, run: Run, resources: Resources, on_metrics: OnMetrics, pretraining: Stage | None = None
+) -> Stage:
+    """A click model trained on simulated interactions (paper section 3.2). on_metrics: called with step and losses.
+
+    pretraining: a stage that leaves a model, which is the start of this training instead of model.init (Table 2).
+    Raises DataError when target.source=labels and `dataset` has none, ValueError for a pretraining of another variant.
+    """
+    inputs = {"trees": trees_stage(dataset, run, resources)} if run.target.source == "tree" else {}
+    if pretraining is not None:
+        _check_variant(run, pretraining)
+        inputs["pretraining"] = pretraining
+    model = _model_identity(run) if pretraining is None else _shape_identity(run)
+    groups = {name: plain(getattr(run, name)) for name in ("clicks", "augment", "train")}
     return Stage(
         name="checkpoint",
         version=train.VERSION,
-        config={name: plain(getattr(run, name)) for name in groups} | {"model": _model_identity(run)},
-        inputs={"trees": trees_stage(dataset, run, resources)},
-        run=lambda inputs, out: train.train(dataset, run, inputs["trees"], resources, out, on_metrics),
+        config=groups | _target_identity(dataset, run) | {"model": model},
+        inputs=inputs,
+        run=lambda given, out: train.train(
+            dataset, run, given.get("trees"), resources, out, on_metrics, given.get("pretraining")
+        ),
     )
 
 
@@ -129,6 +143,31 @@ def _model_identity(run: Run) -> dict[str, Any]:
         path = fetch_mae(run.model.variant) if run.model.init_weights is None else Path(run.model.init_weights)
         settings["init_weights"] = _file_digest(path)
     return settings
+
+
+def _shape_identity(run: Run) -> dict[str, Any]:
+    """The model's settings where another training gives its weights."""
+    return {"variant": run.model.variant, "image_size": run.model.image_size}
+
+
+def _target_identity(dataset: Dataset, run: Run) -> dict[str, Any]:
+    """What decides the targets of a training beside its trees.
+
+    Labels: the content of the images that may be seen and of their masks. The digest is that of the subset, because the
+    first images of a list depend on its order, which a digest of all of them does not tell.
+    """
+    if run.target.source == "tree":  # addresses of unsupervised models are older than `target`, and stay
+        return {"sampling": plain(run.sampling)}
+    unused = {"subset_seed"} if run.target.subset == "first" else set()
+    target = {name: value for name, value in plain(run.target).items() if name not in unused}
+    return {"target": target, "dataset": labelled_subset(dataset, run.target).digest(masks=True)}
+
+
+def _check_variant(run: Run, pretraining: Stage) -> None:
+    """Before hours of pretraining, not after."""
+    variant = pretraining.config["model"]["variant"]
+    if variant != run.model.variant:
+        raise ValueError(f"model.variant={run.model.variant} cannot start from a pretraining of {variant}")
 
 
 def _file_digest(path: Path) -> str:

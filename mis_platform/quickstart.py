@@ -23,7 +23,7 @@ from mis_platform.storage import Storage
 PHOTOS, OBJECTS, DRAWN = 36, 10, 2
 EXPERIMENT = "quickstart"
 
-# What fits into minutes on two cores: no weights to load, the smallest model, one attention window, a high rate.
+# What fits into minutes on two cores: no weights to load, the smallest model, one attention window, many small steps.
 SETTINGS = [
     "features.extractor=color_texture",
     "model.variant=vit_xt",
@@ -31,15 +31,16 @@ SETTINGS = [
     "model.image_size=224",
     "eval.zoom_size=224",
     "eval.davis_zoom_size=224",
-    "train.batch_size=8",
-    "train.learning_rate=1e-3",
-    "train.epochs=40",
-    "train.decay_epochs=[34]",
+    "train.batch_size=4",
+    "train.learning_rate=5e-4",
+    "train.epochs=55",
+    "train.decay_epochs=[48]",
     "train.smooth_weight=1",
     "clicks.iterative_clicks=1",
     "augment.color_augmentation=false",
 ]
-RESOURCES = ["batch_per_device=8", "log_every=5", "checkpoint_every=100"]
+# Two processes of one core each are half as fast again as one with two threads: the model's matrices are too small.
+RESOURCES = ["num_workers=2", "log_every=5", "checkpoint_every=100"]
 
 
 def settings(assignments: list[str]) -> tuple[Run, Resources]:
@@ -81,18 +82,8 @@ def _step(number: int, what: str, work):  # type: ignore[no-untyped-def]
 
 def _material(root: Path) -> tuple[Dataset, Dataset]:
     """Training photos and the benchmark, written on the first call."""
-    photos, benchmark = root / "photos", root / "benchmark"
-    if not photos.is_dir():
-        synthetic.write_photos(_unfinished(photos), PHOTOS)
-        _unfinished(photos).rename(photos)
-    if not benchmark.is_dir():
-        synthetic.write_benchmark(_unfinished(benchmark), OBJECTS)
-        _unfinished(benchmark).rename(benchmark)
+    photos, benchmark = synthetic.write_material(root, PHOTOS, OBJECTS)
     return pipeline.open_dataset(f"folder:{photos}"), pipeline.benchmark(f"synthetic:{benchmark}", None)
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(f".tmp-{folder.name}")
 
 
 def _score(

@@ -79,6 +79,15 @@ def read_score(directory: Storage, model: str) -> Score:
     return Score(model, summary, about["protocol"], tuple(about["excluded"]))
 
 
+def read_overlaps(directory: Storage) -> np.ndarray:
+    """Of a finished `overlap` artifact: float32 [objects], the best IoU any node reaches, in the order of the objects'
+    names."""
+    table = read_table(directory)
+    keys = list(zip(table["image_id"].to_pylist(), table["object_id"].to_pylist(), strict=True))
+    values = np.asarray(table["best_iou"], np.float32)
+    return values[sorted(range(len(keys)), key=keys.__getitem__)]
+
+
 def read_history(directory: Storage) -> list[tuple[int, dict[str, float]]]:
     """What a training logged: (step, name -> value) in the order of the steps."""
     rows = [json.loads(line) for line in directory.read_bytes(HISTORY_FILE).decode().splitlines()]
@@ -131,7 +140,7 @@ def summary_table(scores: Sequence[Score], markdown: bool = False) -> str:
         rows += [_cells(score, targets) for score in scores if score.summary.dataset == dataset]
         if dataset in PAPER:
             rows.append(_paper_cells(dataset, targets))
-    table = _markdown([header, *rows]) if markdown else _text([header, *rows])
+    table = markdown_table([header, *rows]) if markdown else plain_table([header, *rows])
     notes = _notes(scores)
     return "\n".join([table, *([""] if notes else []), *notes])
 
@@ -151,7 +160,7 @@ def overlap_table(overlaps: Sequence[tuple[str, Mapping[str, Any]]], markdown: b
         + [str(len(about["excluded"]))]
         for dataset, about in overlaps
     ]
-    return _markdown([header, *rows]) if markdown else _text([header, *rows])
+    return markdown_table([header, *rows]) if markdown else plain_table([header, *rows])
 
 
 def check_protocols(scores: Sequence[Score]) -> None:
@@ -207,12 +216,14 @@ def _notes(scores: Sequence[Score]) -> list[str]:
     return notes
 
 
-def _text(rows: Sequence[Sequence[str]]) -> str:
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, the first row above a rule."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table of GitHub's Markdown, the first row as its head."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

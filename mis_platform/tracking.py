@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 FINGERPRINT, MODEL, ERROR = "mis.fingerprint", "mis.model", "mis.error"
+PARENT = "mlflow.parentRunId"  # the UI shows runs with this tag below their parent
 ATTEMPT, OPENED = "mis.attempt", "mis.opened"  # how often the run was opened, and when last (milliseconds)
 SECONDS_BETWEEN_FLUSHES = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds before a store that did not answer is asked again
@@ -162,9 +163,11 @@ def open_run(
     fingerprint: str,
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
+    parent: str | None = None,
 ) -> "Tracker":
     """The MLflow run of a fingerprint, made if it is not there yet.
 
+    parent: fingerprint of the run of the same experiment under which it is shown: a sweep, for one of its rows.
     params: dotted name -> value, e.g. from `config.flatten`. A run that is opened again keeps the parameters it has,
     since MLflow forbids changing them; one that differs now (only Resources may) becomes the tag `latest.<name>`.
     Raises ValueError when the store refuses (unknown kind, no access); when it does not answer, the run starts without.
@@ -183,6 +186,7 @@ def open_run(
         "params": {key: scrub(_spell(value)) for key, value in params.items()},
         "tags": {key: scrub(str(value)) for key, value in about.items()},
         "opened": int(time.time() * 1000),
+        "parent": parent,
     }
     tracker = Tracker(_Sender(client, database), _Spool(shelf), opening)
     tracker.start()
@@ -381,14 +385,20 @@ class _Sender:
 
     def _open(self, opening: Event) -> None:
         experiment = self._experiment(opening["experiment"])
-        found = _search(self._client, [experiment], f"tags.`{FINGERPRINT}` = '{opening['fingerprint']}'")
-        if found:
-            run = found[-1]  # the oldest
+        run = self._find(experiment, opening["fingerprint"])
+        if run is not None:
             self._client.update_run(run.info.run_id, status="RUNNING")
         else:
             run = self._client.create_run(experiment, run_name=opening["name"], tags=opening["tags"])
-        self._describe(run, opening)
+        parent = self._find(experiment, opening["parent"]) if opening.get("parent") else None
+        above = {PARENT: parent.info.run_id} if parent is not None else {}
+        self._describe(run, {**opening, "tags": opening["tags"] | above})
         self._run_id = run.info.run_id
+
+    def _find(self, experiment: str, fingerprint: str) -> Run | None:
+        """The oldest run of a fingerprint."""
+        found = _search(self._client, [experiment], f"tags.`{FINGERPRINT}` = '{fingerprint}'")
+        return found[-1] if found else None
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

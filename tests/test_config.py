@@ -34,6 +34,9 @@ def test_defaults_are_the_paper():
         ("model.variant=vit_g", "'vit_b', 'vit_l', 'vit_h' or 'vit_xt'"),
         ("model.image_size=300", "multiple of 224"),
         ("clicks.border_probability=0.9", "must be 1"),
+        ("target.fraction=0.1", "they need target.source=labels"),
+        ("target.subset=random", "they need target.source=labels"),
+        ("target.fraction=0", "greater than 0"),
         ("train.epochs", "expected dotted.name=value"),
         ("=3", "expected dotted.name=value"),
     ],
@@ -64,6 +67,11 @@ def test_every_setting_can_be_set_to_its_own_default():
         assert override(Run(), [f"{name}={json.dumps(value)}"]) == Run(), name
 
 
+def test_labels_take_a_fraction():
+    run = override(Run(), ["target.source=labels", "target.fraction=0.05", "target.subset=random"])
+    assert (run.target.source, run.target.fraction, run.target.subset) == ("labels", 0.05, "random")
+
+
 def test_equal_settings_have_equal_fingerprints_however_they_are_written():
     assert fingerprint(override(Run(), ["sampling.alpha=0.90", "train.smooth_weight=10"])) == fingerprint(Run())
 
@@ -75,7 +83,7 @@ def test_each_setting_changes_the_fingerprint():
 
 def test_the_fingerprint_of_the_paper_is_kept():
     """Changing this value re-addresses everybody's artifacts: do it on purpose or not at all."""
-    assert fingerprint(Run()) == "f46492c7363a5622"
+    assert fingerprint(Run()) == "3c411eb484780b96"
 
 
 def test_resources_are_not_part_of_a_run():

@@ -244,3 +244,37 @@ def test_no_global_state_is_touched() -> None:
 
     figures.to_png(figures.iou_curve({"ours": [0.5, 0.6]}))
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+# -- bars ------------------------------------------------------------------------------------------------------------
+
+
+def test_noc_bars_tell_ours_from_the_papers_without_colour() -> None:
+    nan = float("nan")
+    figure = figures.noc_bars(["quoted", "ours"], [nan, 2.4], [nan, 2.0], [nan, 3.0], [5.0, 2.32], "NoC@85")
+    (panel,) = figure.axes
+    (bar,) = panel.patches
+    assert (bar.get_width(), bar.get_hatch()) == (2.4, "///")
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["quoted", "ours"]
+    (paper,) = [line for line in panel.lines if line.get_marker() == "D"]
+    assert paper.get_markerfacecolor() == "white"
+    np.testing.assert_array_equal(paper.get_xdata(), [5.0, 2.32])
+    (interval,) = panel.collections[0].get_segments()
+    np.testing.assert_allclose(interval[:, 0], [2.0, 3.0])
+    assert panel.get_xlabel() == "NoC@85, clicks (fewer is better)"
+    assert panel.yaxis_inverted()
+    assert figures.to_png(figure).startswith(b"\x89PNG")
+
+
+def test_noc_bars_without_the_papers_numbers_have_no_mark_for_them() -> None:
+    nan = float("nan")
+    (legend,) = figures.noc_bars(["mine"], [3.0], [nan], [nan], [nan]).legends
+    assert "paper" not in [text.get_text() for text in legend.get_texts()]
+    with pytest.raises(ValueError, match="one entry for each row"):
+        figures.noc_bars(["mine"], [3.0], [2.0], [4.0], [])
+
+
+def test_many_curves_differ_in_dash_or_marker() -> None:
+    (panel,) = figures.iou_curve({f"row {number}": [0.5, 0.6] for number in range(20)}, thresholds=()).axes
+    styles = {(line.get_marker(), str(line._unscaled_dash_pattern)) for line in panel.lines}  # type: ignore[attr-defined]
+    assert len(styles) == 20

@@ -31,16 +31,27 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "config.py": ({"pydantic"}, set()),
     "errors.py": (set(), set()),
+    "experiment.py": (set(), {"config"}),
+    "comparison.py": ({"numpy"}, {"artifacts", "config", "evaluation", "experiment", "report"}),
     "progress.py": (set(), set()),
     "storage.py": ({"pyarrow"}, set()),
     "artifacts.py": (set(), {"config", "errors", "storage"}),
     "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "storage"}),
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
+    "drawing.py": (
+        {"numpy"},
+        {"comparison", "config", "data", "evaluation", "figures", "jobs", "pipeline", "storage"},
+    ),
+    "sweep.py": (
+        {"ray"},
+        {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
+        | {"pipeline", "report", "stages", "storage", "tracking"},
+    ),
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},
-        {"artifacts", "config", "data", "errors", "jobs", "pipeline", "progress", "quickstart", "report"}
-        | {"stages", "storage", "tracking"},
+        {"artifacts", "comparison", "config", "data", "errors", "experiment", "jobs", "pipeline", "progress"}
+        | {"quickstart", "report", "stages", "storage", "sweep", "tracking"},
     ),
 }
 
@@ -70,6 +81,12 @@ def test_imports_point_downwards(place: str) -> None:
                 assert not rest or rest[0] in parts | {own, "__version__"}, f"{file.name} imports {name}"
             else:
                 assert top not in HEAVY - heavy, f"{file.name} imports {name}"
+
+
+def test_experiments_are_values() -> None:
+    for file in (PACKAGE.parent / "experiments").glob("*.py"):
+        modules = {name.rpartition(".")[0] for name in imports_of(file)}
+        assert modules <= {"mis_platform.config", "mis_platform.experiment"}, file.name
 
 
 def test_only_tracking_knows_mlflow() -> None:
@@ -116,7 +133,15 @@ def test_nothing_runs_code_from_data(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["precompute", "--help"], ["train", "--set", "train.epoch=1"], ["trian"]]
+    "arguments",
+    [
+        ["--help"],
+        ["precompute", "--help"],
+        ["train", "--set", "train.epoch=1"],
+        ["trian"],
+        ["list"],
+        ["run", "sweep", "nothing"],
+    ],
 )
 def test_help_and_typos_answer_without_heavy_imports(arguments: list[str]) -> None:
     code = (

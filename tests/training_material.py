@@ -1,10 +1,11 @@
-"""A few real photos with merge trees of their mean colours: all that a training needs, made in a second."""
+"""A few real photos with merge trees of their mean colours, or labelled noise: all that a training needs."""
 
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from mis_platform.artifacts import Output, Part, Stage, ensure, sha256
 from mis_platform.config import Run
@@ -49,3 +50,23 @@ def tiny_run(**train: object) -> Run:
     return Run.model_validate(
         {"model": {"variant": "vit_xt", "image_size": 224, "init": "random"}, "train": {"learning_rate": 1e-4, **train}}
     )
+
+
+def make_labelled(folder: Path, count: int, size: int = 224) -> Dataset:
+    """`count` square photos of noise in the generic layout, each with three square objects (masks STEM_1 to STEM_3)."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for k in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / "images" / f"{k:03d}.png")
+        for number, mask in enumerate(three_squares(size), 1):
+            Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{k:03d}_{number}.png")
+    return open_dataset(f"folder:{folder}")
+
+
+def three_squares(size: int = 224) -> list[np.ndarray]:
+    """bool [size, size] each: objects of 48, 64 and 80 pixels, apart from each other."""
+    masks = [np.zeros((size, size), bool) for _ in range(3)]
+    for mask, (top, left, side) in zip(masks, ((10, 10, 48), (10, 120, 64), (120, 20, 80)), strict=True):
+        mask[top : top + side, left : left + side] = True
+    return masks

@@ -152,12 +152,16 @@ class Dataset:
             total.update(hashlib.sha256(f"{sample.image_id!r}\n{content}".encode()).digest())
         return total.hexdigest()
 
+    def alone(self, image_id: str) -> "Dataset":
+        """Only this image."""
+        return replace(self, samples=(self._by_id[image_id],), refused=(), notes=())
+
     def subset(self, fraction: float, seed: int) -> "Dataset":
         """A seeded share of the images, in their order; smaller shares of one seed lie inside larger ones.
 
-        fraction: in (0, 1]; at least one image is kept. Raises ValueError outside.
+        As many as `first_lines` has. fraction: in (0, 1]. Raises ValueError outside.
         """
-        count = max(1, round(_checked_fraction(fraction) * len(self)))
+        count = max(1, math.floor(len(self) * _checked_fraction(fraction)))
         order = np.random.default_rng(seed).permutation(len(self))[:count]
         return replace(self, samples=tuple(self.samples[k] for k in sorted(order)))
 
@@ -218,6 +222,7 @@ LAYOUTS: dict[str, Layout] = {
     "pascalvoc_grey": replace(_PASCAL_VOC, read=read_palette_as_grey),
     "coco_mval": Layout(("COCO_MVal", "coco_mval"), "img", "gt", read_union, published={"val": (800, 800)}),
     "folder": replace(_FOLDER, folders=()),
+    "photos": replace(_FOLDER, folders=("photos",)),
     "synthetic": _FOLDER,
 }
 

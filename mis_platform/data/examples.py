@@ -1,4 +1,4 @@
-"""Training examples as a pure function of their number: photo, proposal, augmentation and clicks of number k.
+"""Training examples as a pure function of their number: photo, target, augmentation and clicks of number k.
 
 The whole training is one stream of k = 0, 1, 2, ...; visit e of all photos is k = e*n ... e*n + n-1, in an order of its
 own. Everything random about an example comes from (seed, k), so it is the same whoever makes it, in whatever order.
@@ -10,7 +10,7 @@ pixel edges at whole numbers, unless said otherwise.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from mis_platform.config import AugmentConfig, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import ImageRefused, read_image
+from mis_platform.data.labels import choose_target, images_with_objects, labelled_subset, objects_of
 from mis_platform.data.trees import TreeReader
 from mis_platform.simulation.clicks import sample_clicks
 from mis_platform.simulation.proposals import mask_at_image_size
@@ -47,8 +48,8 @@ class ExampleStream:
     """The training examples of a run, by number."""
 
     dataset: Dataset
-    trees: Storage  # a finished trees artifact
-    image_ids: tuple[str, ...]  # photos that have a tree
+    trees: Storage | None  # a finished trees artifact; None: targets are labelled objects
+    image_ids: tuple[str, ...]  # photos that have a tree, or an object
     run: Run
 
     def visit(self, number: int) -> tuple[int, str]:
@@ -57,7 +58,7 @@ class ExampleStream:
         return epoch, self.image_ids[_order(self.run.train.seed, epoch, len(self.image_ids))[position]]
 
     def example(self, number: int) -> Example:
-        """Example `number` >= 0: a fresh proposal of its photo (Algorithm 2), augmented, with simulated clicks.
+        """Example `number` >= 0: a fresh proposal (Algorithm 2) or object of its photo, augmented, with clicks.
 
         Raises ImageRefused when the photo cannot be read any more, ValueError when it is not the one that was
         precomputed or its tree is damaged.
@@ -66,10 +67,14 @@ class ExampleStream:
         _, image_id = self.visit(number)
         rng = generator(run.train.seed, EXAMPLE, number)
         image = self._read(image_id)
-        proposal = self._draw_mask(image_id, image.shape[:2], rng)
-        crop, mask = augment(image, proposal, run.model.image_size, run.augment, rng)
-        points = sample_clicks(mask, rng, run.clicks)
-        return Example(crop, mask.astype(np.uint8), points, image_id, number)
+        if self.trees is None:
+            objects = objects_of(self.dataset, image_id)
+        else:
+            objects = (self._draw_mask(self.trees, image_id, image.shape[:2], rng),)
+        crop, moved = augment(image, objects, run.model.image_size, run.augment, rng)
+        target = choose_target(moved, rng)
+        points = sample_clicks(target.mask, rng, run.clicks, target.other, target.parts)
+        return Example(crop, target.mask.astype(np.uint8), points, image_id, number)
 
     def _read(self, image_id: str) -> np.ndarray:
         path, limits = self.dataset.image_path(image_id), self.run.data
@@ -84,9 +89,9 @@ class ExampleStream:
         made = [self.example(int(number)) for number in rows["number"]]
         return {name: np.stack(column) for name, column in zip(Example._fields, zip(*made), strict=True)}
 
-    def _draw_mask(self, image_id: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    def _draw_mask(self, trees: Storage, image_id: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """A proposal at image size, bool [H, W]."""
-        reader = _reader(self.trees)
+        reader = _reader(trees)
         if reader.image_size(image_id) != size:
             raise ValueError(
                 f"photo {image_id!r} is {size[0]}x{size[1]} pixels (height x width), but was "
@@ -104,11 +109,17 @@ class ExampleStream:
         return mask_at_image_size(proposal.mask, *size)
 
 
-def open_stream(dataset: Dataset, trees: Storage, run: Run) -> ExampleStream:
+def open_stream(dataset: Dataset, trees: Storage | None, run: Run) -> ExampleStream:
     """The examples of `run` on the photos of `dataset` that have a tree (refused ones have none).
 
-    Raises ValueError when no photo has one, or the artifact is damaged.
+    trees: None for target.source=labels; then on the photos of the labelled subset that have an object.
+    Raises ValueError when no photo has one, or the artifact is damaged; DataError for masks that are missing or cannot
+    be read, ImageRefused for a labelled photo that is no usable file.
     """
+    if run.target.source == "labels":
+        subset = labelled_subset(dataset, run.target)
+        return ExampleStream(subset, None, images_with_objects(subset, run.data), run)
+    assert trees is not None, "proposals come from trees"
     reader = _reader(trees)
     image_ids = tuple(image_id for image_id in dataset.image_ids if image_id in reader)
     if not image_ids:
@@ -169,23 +180,23 @@ class Geometry:
 
 
 def augment(
-    image: np.ndarray, mask: np.ndarray, size: int, config: AugmentConfig, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """(crop uint8 [size, size, 3], mask bool [size, size]) of a photo uint8 [H, W, 3] and a mask bool [H, W].
+    image: np.ndarray, objects: Sequence[np.ndarray], size: int, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(crop uint8 [size, size, 3], masks bool [size, size]) of a photo uint8 [H, W, 3] and objects, bool [H, W] each.
 
-    A crop that has lost the object is drawn again, but kept with probability `keep_background_probability`. Only then
-    is an object smaller than `min_object_area` pixels removed (RITM), so background samples can come from both.
+    A crop that has lost all objects is drawn again, but kept with probability `keep_background_probability`. Only then
+    are objects smaller than `min_object_area` pixels removed (RITM), so background samples can come from both.
     """
-    height, width = mask.shape
+    height, width = image.shape[:2]
     for _ in range(MAX_AUGMENTATIONS):
         geometry = draw_geometry(height, width, size, config, rng)
-        moved, inside = geometry.move_mask(mask)
-        if moved.any() or rng.random() < config.keep_background_probability:
+        moves = [geometry.move_mask(mask) for mask in objects]
+        if any(moved.any() for moved, _ in moves) or rng.random() < config.keep_background_probability:
             break
+    inside = moves[0][1]
     crop = cv2.LUT(geometry.move_image(image, inside), draw_colors(config, rng)[None])
-    if np.count_nonzero(moved) < config.min_object_area:
-        moved = np.zeros_like(moved)
-    return crop, moved
+    kept = [moved if np.count_nonzero(moved) >= config.min_object_area else np.zeros_like(moved) for moved, _ in moves]
+    return crop, kept
 
 
 def draw_geometry(height: int, width: int, size: int, config: AugmentConfig, rng: np.random.Generator) -> Geometry:

@@ -54,6 +54,18 @@ CLICKS = pa.schema(
     )
 )
 
+# One row per benchmark object: how well the tree of its photo could name it.
+OVERLAPS = pa.schema(
+    _required(
+        ("dataset", pa.string()),
+        ("image_id", pa.string()),
+        ("object_id", pa.string()),
+        ("best_iou", pa.float32()),  # the best IoU any node reaches, in [0, 1]
+        ("node", pa.int32()),  # the first that reaches it
+        ("area", pa.float32()),  # share of the photo that the object covers
+    )
+)
+
 
 def check_version(schema: pa.Schema) -> None:
     """Raises ValueError when a file of trees states a version that cannot be read here.

@@ -5,7 +5,10 @@ of the right half, so that no pixel of it was trained on. (They still show the s
 works, not how well a model generalises.)
 """
 
+import contextlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +73,22 @@ def write_benchmark(out: Path, count: int = 16, seed: int = 0) -> None:
         image, mask = _compose(halves, k, rng)
         Image.fromarray(image).save(out / "images" / f"{k:03d}.png")
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / "masks" / f"{k:03d}.png")
+
+
+def write_material(root: Path, photos: int = 36, objects: int = 16) -> tuple[Path, Path]:
+    """root/photos and root/benchmark, made by `write_photos` and `write_benchmark` unless they are there.
+
+    Whole or not at all: a process that is killed leaves nothing that the next one would take for finished.
+    """
+    made = root / "photos", root / "benchmark"
+    for folder, write in zip(made, (lambda out: write_photos(out, photos), lambda out: write_benchmark(out, objects))):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+            write(unfinished)
+            with contextlib.suppress(OSError):  # another process was faster; its files are the same
+                unfinished.rename(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return made
 
 
 def _package_folder(package: str) -> Path:

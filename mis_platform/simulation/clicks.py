@@ -44,27 +44,28 @@ def points_array(clicks: Sequence[Click], num: int | None = None) -> np.ndarray:
 
 
 def sample_clicks(
-    mask: np.ndarray, rng: np.random.Generator, config: ClickConfig, other: np.ndarray | None = None
+    mask: np.ndarray,
+    rng: np.random.Generator,
+    config: ClickConfig,
+    other: np.ndarray | None = None,
+    parts: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """Random clicks on one training object (RITM, with SimpleClick's settings).
 
     mask: bool [height, width], the object; other: the same for all other objects of the image, if there are any.
+    parts: the same for each of the objects, none of them empty, whose union `mask` is, if it is one of several.
     Returns float32 [2 * max_clicks, 3], rows (row, column, 100): positive clicks first, then from row max_clicks the
     negative ones; unused rows are (-1, -1, -1). An empty mask gets no positive clicks and all negative ones on the
     background.
     """
     mask = np.ascontiguousarray(mask, dtype=bool)
-    positives = 1 + _click_count(config.max_clicks - 1, config.gamma, rng)
-    erode = rng.random() < config.erosion_probability
+    positive = _merged_pixels(parts, rng, config) if len(parts) > 1 else _positive_pixels(mask, rng, config)
+    negative = _negative_pixels(mask, rng, config, other)
     points = np.full((2 * config.max_clicks, 3), -1, np.float32)
-    if mask.any():
-        clicked = _pixels(_clickable(mask) if erode else mask, rng.random(positives))
-        points[:positives, 0], points[:positives, 1] = np.divmod(clicked, mask.shape[1])
-        points[:positives, 2] = SAMPLED_ORDER
-    clicked = _negative_pixels(mask, rng, config, other)
-    rows = slice(config.max_clicks, config.max_clicks + len(clicked))
-    points[rows, 0], points[rows, 1] = np.divmod(clicked, mask.shape[1])
-    points[rows, 2] = SAMPLED_ORDER
+    for first, clicked in ((0, positive), (config.max_clicks, negative)):
+        rows = slice(first, first + len(clicked))
+        points[rows, 0], points[rows, 1] = np.divmod(clicked, mask.shape[1])
+        points[rows, 2] = SAMPLED_ORDER
     return points
 
 
@@ -72,6 +73,27 @@ def _click_count(largest: int, gamma: float, rng: np.random.Generator) -> int:
     """k in 0..largest with probability proportional to gamma^k."""
     cumulative = np.cumsum(gamma ** np.arange(largest + 1))
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+
+def _positive_pixels(mask: np.ndarray, rng: np.random.Generator, config: ClickConfig) -> np.ndarray:
+    """Flat pixel indices of positive clicks on one object; none on an empty one."""
+    count = 1 + _click_count(config.max_clicks - 1, config.gamma, rng)
+    erode = rng.random() < config.erosion_probability
+    if not mask.any():
+        return np.empty(0, np.int64)
+    return _pixels(_clickable(mask) if erode else mask, rng.random(count))
+
+
+def _merged_pixels(parts: Sequence[np.ndarray], rng: np.random.Generator, config: ClickConfig) -> np.ndarray:
+    """Flat pixel indices of clicks on several objects: one on each, then as many as one object gets, each on any."""
+    count = 1 + _click_count(config.max_clicks - 1, config.gamma, rng)
+    areas = [_clickable(part) if rng.random() < config.erosion_probability else part for part in parts]
+    owners = np.concatenate([np.arange(len(parts)), rng.integers(len(parts), size=count)])[: config.max_clicks]
+    positions = rng.random(len(owners))
+    clicked = np.empty(len(owners), np.int64)
+    for owner, area in enumerate(areas):
+        clicked[owners == owner] = _pixels(area, positions[owners == owner])
+    return clicked
 
 
 def _clickable(mask: np.ndarray) -> np.ndarray:

@@ -25,6 +25,8 @@ def cluster() -> Iterator[None]:
         return
     # Torch's threads otherwise spin while they wait for each other, on cores that loading tasks need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Ray otherwise ends a process that idles for a second; the loading tasks of a training then import all over again.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(60_000))
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
@@ -50,5 +52,5 @@ def quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off

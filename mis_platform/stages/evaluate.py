@@ -32,7 +32,7 @@ from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import EvalConfig, Resources, plain
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import ImageRefused, read_image
-from mis_platform.data.schemas import CLICKS
+from mis_platform.data.schemas import CLICKS, OVERLAPS
 from mis_platform.data.trees import TreeReader
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import Excluded, Sample, evaluate, protocol_fingerprint
@@ -45,17 +45,6 @@ from mis_platform.storage import Storage
 
 VERSION = 1
 
-# One row per benchmark object: how well the tree of its photo could name it.
-OVERLAPS = pa.schema(
-    [
-        pa.field("dataset", pa.string(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("object_id", pa.string(), nullable=False),
-        pa.field("best_iou", pa.float32(), nullable=False),  # the best IoU any node reaches, in [0, 1]
-        pa.field("node", pa.int32(), nullable=False),  # the first that reaches it
-        pa.field("area", pa.float32(), nullable=False),  # share of the photo that the object covers
-    ]
-)
 GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU
 
 CHUNK_IMAGES = 8  # photos in a part, at least
@@ -304,6 +293,7 @@ def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
     options: Row = {"num_cpus": min(1.0, cluster.cpus() / count)}
     if gpus:
         options["num_gpus"] = min(1.0, gpus / count)
+    options["scheduling_strategy"] = "DEFAULT"  # in a sweep: not within what is reserved for the trial's own process
     kind = ray.remote(Worker).options(max_concurrency=2, max_restarts=-1, max_task_retries=RETRIES, **options)
     return [kind.remote() for _ in range(min(count, chunks))]
 

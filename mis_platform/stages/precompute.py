@@ -68,7 +68,7 @@ class Refused(NamedTuple):
 
     image_id: str
     path: str
-    stage: str  # "list", "decode", "features" or "merge"
+    stage: str  # "list", "decode", "features" or "merge"; "worker" where that is not known
     reason: str  # name of a Reason, or INTERNAL
     message: str
 
@@ -101,8 +101,8 @@ def precompute(
     parts, refused = [each.part for each in found], list_refused(dataset)
     if missing:
         photos = [(image_id, os.fsencode(dataset.image_path(image_id))) for image_id in missing]
-        progress = Progress("trees", len(dataset), "images", start=len(finished))
         with cluster.cluster():
+            progress = Progress("trees", len(dataset), "images", start=len(finished))
             made, failed = compute_all(photos, features, data, resources, out, progress)
         parts, refused = parts + made, refused + failed
     write_quarantine(refused, out)
@@ -243,7 +243,7 @@ def _read_part(name: str, content: bytes) -> Found | None:
 def list_refused(dataset: Dataset) -> list[Refused]:
     """Pictures in the data set's folder that are no usable files, such as links that leave it."""
     return [
-        Refused(path := printable(str(each.path)), path, "list", each.reason.value, each.message)
+        Refused(path := printable(str(each.path)), path, "list", each.reason.value, printable(each.message))
         for each in dataset.refused
     ]
 
@@ -346,7 +346,7 @@ def compute_all(
             gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
     finally:
         progress.close()
-    died = "its worker process died whenever it came to this photo"
+    died = "its worker process failed or died whenever it came to this photo"
     refused = [Refused(name, printable(os.fsdecode(path)), "worker", INTERNAL, died) for name, path in lost]
     return tally.parts, tally.refused + refused
 

@@ -62,8 +62,8 @@ from mis_platform.storage import Storage, StorageError
 VERSION = 1
 
 EXAMPLES_PER_TASK = 8
-TASKS_PER_PIPELINE = 1000  # planning takes about a millisecond a task, starting a pipeline some seconds
-LOADED_BYTES = 2**30  # of finished examples that may wait for a worker
+PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which may wait finished for a worker
+STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap
 CLUSTER_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
 MIN_WORKER_CPU = 0.1
 COLLECTIVE_TIMEOUT = 600  # seconds that workers wait for each other; a checkpoint on a slow store takes minutes
@@ -81,6 +81,7 @@ class Job:
     out: Storage
     loaders: int  # tasks at once, for each worker
     threads: int  # of torch, in each worker
+    pretraining: Storage | None = None  # a saved model to start from
 
     @property
     def run(self) -> Run:
@@ -90,12 +91,16 @@ class Job:
 def train(
     dataset: Dataset,
     run: Run,
-    trees: Storage,
+    trees: Storage | None,
     resources: Resources,
     out: Storage,
     on_metrics: Callable[[int, dict[str, float]], None],
+    pretraining: Storage | None = None,
 ) -> Output:
     """Train the click model of `run` on the photos of `dataset` and their merge `trees`; resumes what is in `out`.
+
+    trees: None for target.source=labels. pretraining: a directory with a saved model of the same variant, whose weights
+    are the start instead of model.init.
 
     on_metrics(step, metrics): called in this thread once for each logged step: 1, the multiples of log_every, the last;
     after a restart also for the steps of earlier calls. metrics: loss and its parts loss_mask and loss_smooth (means
@@ -105,7 +110,8 @@ def train(
     Writes model.safetensors, config.json and history.jsonl (one JSON object per logged step) into `out`, and the newest
     checkpoints into out/steps. The digest is that of the model.
 
-    Raises ValueError for settings that cannot work (batch and workers, a cluster that is too small, missing weights),
+    Raises ValueError for settings that cannot work (batch and workers, a cluster that is too small, missing weights, a
+    pretraining of another variant), DataError for missing or damaged masks,
     TrainingDiverged when the loss stops being finite; when workers fail more than resources.max_failures times,
     StorageError if they could not write, else RuntimeError. Ctrl-C leaves a checkpoint and raises KeyboardInterrupt.
     """
@@ -114,13 +120,13 @@ def train(
     stream = open_stream(dataset, trees, run)
     schedule = Schedule(len(stream.image_ids), run.train)
     done = complete_steps(out)
-    if not done and run.model.init == "mae":
-        initial_model(run)  # missing or wrong weights are refused here, before Ray starts
+    if not done and (pretraining is not None or run.model.init == "mae"):
+        initial_model(run, pretraining)  # missing or wrong weights are refused here, before Ray starts
     relay = Relay(out, on_metrics)
     relay.catch_up()
     if not done or done[-1] < schedule.total_steps:
         with cluster.cluster():
-            _train_on_cluster(stream, schedule, resources, out, relay)
+            _train_on_cluster(stream, schedule, resources, out, relay, pretraining)
         relay.catch_up()
     return _publish(out, schedule)
 
@@ -182,10 +188,11 @@ def _train_on_cluster(
     resources: Resources,
     out: Storage,
     relay: Relay,
+    pretraining: Storage | None,
 ) -> None:
     cluster.quiet_data()
     scaling, loaders, threads = plan(resources)
-    job = Job(stream, schedule, resources, out, loaders, threads)
+    job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=here).remote()
     with _ray_storage() as storage_path:
@@ -210,12 +217,13 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
     Raises ValueError with the arithmetic when the cluster is too small.
     """
     workers, cpus, gpus = resources.num_workers, cluster.cpus(), cluster.gpus()
-    use_gpu = gpus > 0 if resources.use_gpu is None else resources.use_gpu
+    use_gpu = uses_gpu(resources)
     if use_gpu and workers > gpus:
         raise ValueError(
             f"resources.num_workers={workers} on GPUs needs {workers} GPUs, the cluster has {gpus}; "
             "use fewer workers or resources.use_gpu=false"
         )
+    cpus = max(1, cpus // trials_at_once(resources))  # what this training may call its own
     reserved = min(1.0, math.floor(100 * CLUSTER_SHARE * cpus / workers) / 100)
     if reserved < MIN_WORKER_CPU:
         raise ValueError(
@@ -227,6 +235,29 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
     per_worker = {"CPU": reserved, "GPU": 1} if use_gpu else {"CPU": reserved}
     scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=per_worker)
     return scaling, max(1, loaders // workers), max(1, cpus // workers)
+
+
+def uses_gpu(resources: Resources) -> bool:
+    return cluster.gpus() > 0 if resources.use_gpu is None else resources.use_gpu
+
+
+def trials_at_once(resources: Resources) -> int:
+    """Trainings of a sweep that share the cluster: resources.trials, else one for each set of GPUs, one without any.
+
+    Raises ValueError with the arithmetic when their drivers and workers cannot all be placed: they would wait for each
+    other for ever.
+    """
+    workers, cpus, gpus = resources.num_workers, cluster.cpus(), cluster.gpus()
+    use_gpu = uses_gpu(resources)
+    trials = resources.trials or (max(1, gpus // workers) if use_gpu else 1)
+    if use_gpu and trials * workers > gpus:
+        raise ValueError(
+            f"resources.trials={trials} x resources.num_workers={workers} = {trials * workers} GPUs, the cluster has "
+            f"{gpus}; at most {gpus // workers} trials fit"
+        )
+    if trials > cpus:
+        raise ValueError(f"resources.trials={trials} needs a CPU for each, the cluster has {cpus}")
+    return trials
 
 
 @contextlib.contextmanager
@@ -391,7 +422,7 @@ def _resume(job: Job) -> tuple[Learner, int, History]:
     device = ray.train.torch.get_device()
     done = complete_steps(job.out)
     start = done[-1] if done else 0
-    model = load_checkpoint_model(job.out, start) if done else initial_model(job.run)
+    model = load_checkpoint_model(job.out, start) if done else initial_model(job.run, job.pretraining)
     model = model.to(device).train()
     network = ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
     optimizer = optimizer_of(model, job.run.train)
@@ -419,11 +450,12 @@ def _agree(is_stopping: bool, device: torch.device) -> bool:
 def load(job: Job, start: int, rank: int, workers: int) -> Generator[Batch, None, None]:
     """This worker's share of every batch from step `start` on, in order, made ahead by Ray Data tasks.
 
-    Ray Data plans all tasks of a pipeline before the first one runs, so a long training is a chain of pipelines, each
-    started before the one before it ends.
+    A long training is a chain of pipelines, each started before the one before it ends, and each small enough to be
+    finished at once: the thread that drives a Ray Data pipeline, in the worker's own process, does not sleep while
+    finished tasks wait for room, and took more than half of a training's speed when it had to hold tasks back.
     """
     share = share_of_batch(job.run.train.batch_size, workers)
-    length = max(1, TASKS_PER_PIPELINE * EXAMPLES_PER_TASK // share)
+    length = max(1, _pipeline_bytes(workers) // (share * _example_bytes(job.run)))
     total = job.schedule.total_steps
     chain = [range(first, min(first + length, total)) for first in range(start, total, length)]
     with ThreadPoolExecutor(max_workers=1) as opener:
@@ -439,6 +471,16 @@ def load(job: Job, start: int, rank: int, workers: int) -> Generator[Batch, None
                 if position == len(steps) * 3 // 4 and number + 1 < len(chain):
                     following.append(opener.submit(open_pipeline, chain[number + 1]))
                 yield collate(columns)
+
+
+def _example_bytes(run: Run) -> int:
+    """Of one Example in the object store: image and mask; clicks and names are small."""
+    return 4 * run.model.image_size**2
+
+
+def _pipeline_bytes(workers: int) -> int:
+    store = ray.cluster_resources().get("object_store_memory", 2 * PIPELINE_BYTES / STORE_SHARE)
+    return min(PIPELINE_BYTES, int(STORE_SHARE * store / (2 * workers)))
 
 
 def _started(batches: Iterable[Any]) -> Iterator[Any]:
@@ -458,7 +500,9 @@ def examples(job: Job, numbers: np.ndarray) -> ray.data.Dataset:
     dataset.context.raise_original_map_exception = True
     options = dataset.context.execution_options
     options.preserve_order = True
-    options.resource_limits = ExecutionResources.for_limits(object_store_memory=LOADED_BYTES)
+    options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=4 * PIPELINE_BYTES
+    )  # more than a pipeline has
     return dataset.map_batches(
         job.stream.columns,
         batch_size=None,

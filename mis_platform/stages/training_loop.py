@@ -30,7 +30,7 @@ from mis_platform.model.losses import (
     normalized_focal_loss_per_sample,
     smoothness_loss_per_sample,
 )
-from mis_platform.model.simpleclick import DROPOUT, VARIANTS, SimpleClick
+from mis_platform.model.simpleclick import DROPOUT, VARIANTS, SimpleClick, resize_position_embedding
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_mae, load_model, save_model
 from mis_platform.storage import Storage
 
@@ -90,16 +90,36 @@ def share_of_batch(batch_size: int, workers: int) -> int:
     return batch_size // workers
 
 
-def initial_model(run: Run) -> SimpleClick:
+def initial_model(run: Run, pretraining: Storage | None = None) -> SimpleClick:
     """The model that the training of `run` starts from, on the CPU: random parts are drawn from train.seed.
 
-    Raises ValueError when model.init=mae and the weights cannot be had or do not fit.
+    pretraining: a directory with a saved model, whose weights are taken instead (fine-tuning); the position embedding
+    is resized if it was trained at another image size, model.init is not looked at.
+    Raises ValueError when model.init=mae and the weights cannot be had or do not fit, or `pretraining` holds no model
+    or one of another variant.
     """
+    if pretraining is not None:
+        return _pretrained_model(run, pretraining)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)
         model = SimpleClick(run.model.variant, run.model.image_size)
     if run.model.init == "mae":
         load_mae(model, run.model.init_weights)
+    return model
+
+
+def _pretrained_model(run: Run, pretraining: Storage) -> SimpleClick:
+    try:
+        model = _load_model(pretraining)
+    except FileNotFoundError:
+        raise ValueError(f"{pretraining} holds no model to start from") from None
+    if model.variant != run.model.variant:
+        raise ValueError(
+            f"model.variant={run.model.variant} cannot start from {pretraining}, which is a {model.variant}"
+        )
+    size = run.model.image_size
+    if model.image_size != (size, size):
+        resize_position_embedding(model, size)
     return model
 
 
@@ -319,7 +339,11 @@ def _drop_old(out: Storage) -> None:
 
 def load_checkpoint_model(out: Storage, step: int) -> SimpleClick:
     """On the CPU. Raises ValueError when the file is damaged."""
-    source = out.child(CHECKPOINTS, f"{step:08d}")
+    return _load_model(out.child(CHECKPOINTS, f"{step:08d}"))
+
+
+def _load_model(source: Storage) -> SimpleClick:
+    """A saved model, on the CPU, wherever it lies."""
     with tempfile.TemporaryDirectory() as folder:
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Storage(folder).write_bytes(name, source.read_bytes(name))

@@ -21,7 +21,7 @@ from mis_platform.data.benchmarks import (
     verify,
 )
 from mis_platform.data.images import ImageRefused, Reason
-from mis_platform.data.masks import drop_buggy_objects
+from mis_platform.data.masks import is_buggy
 from mis_platform.errors import DataError
 
 SIZE = (20, 30)  # height, width of most images here
@@ -180,9 +180,8 @@ def test_buggy_objects_are_dropped_for_training_only() -> None:
     np.fill_diagonal(instances[:10, :10], 1)  # 10 of 100 pixels: stays
     np.fill_diagonal(instances[20:33, 20:33], 2)  # 13 of 169: 7.7 %
     instances[50:52, 50:52] = 3
-    kept = drop_buggy_objects(instances)
-    assert np.unique(kept).tolist() == [0, 1, 3]
-    assert (kept[instances != 2] == instances[instances != 2]).all()
+    assert [is_buggy(instances == label) for label in (1, 2, 3)] == [False, True, False]
+    assert not is_buggy(np.zeros((5, 5), bool))
 
 
 def test_generic_folder_pairs_masks_with_images(tmp_path: Path) -> None:
@@ -248,6 +247,11 @@ def test_subsets_are_seeded_and_nested(hundred: Dataset) -> None:
     assert hundred.subset(0.1, seed=3) == hundred.subset(0.1, seed=3) != hundred.subset(0.1, seed=4)
     picked = hundred.subset(0.5, seed=0).image_ids
     assert list(picked) == sorted(picked)
+
+
+def test_both_shares_round_down(hundred: Dataset) -> None:
+    for share in (0.199, 0.015, 0.999):
+        assert len(hundred.subset(share, seed=0)) == len(hundred.first_lines(share)) == int(100 * share)
 
 
 def test_first_lines_are_the_official_share(hundred: Dataset) -> None:

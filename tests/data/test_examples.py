@@ -44,6 +44,13 @@ def stream(material: tuple[Dataset, Storage]) -> ExampleStream:
     return open_stream(*material, tiny_run(seed=3))
 
 
+def augment_one(
+    image: np.ndarray, mask: np.ndarray, size: int, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    crop, (moved,) = augment(image, [mask], size, config, rng)
+    return crop, moved
+
+
 def assert_same(one: examples.Example, other: examples.Example) -> None:
     assert (one.image_id, one.number) == (other.image_id, other.number)
     for a, b in zip(one[:3], other[:3], strict=True):
@@ -146,7 +153,7 @@ def test_flips_and_quarter_turns_are_exact() -> None:
     seen = []
     for seed in range(400):
         config = changed(STILL, flip_probability=0.5, rotate90_probability=0.5)
-        crop, moved = augment(image, mask, 96, config, np.random.default_rng(seed))
+        crop, moved = augment_one(image, mask, 96, config, np.random.default_rng(seed))
         fits = {key for key in images if np.array_equal(images[key], crop) and np.array_equal(masks[key], moved)}
         assert fits
         seen.append(crop.tobytes())
@@ -176,7 +183,7 @@ def test_without_augmentation_a_crop_is_a_window_of_the_photo() -> None:
 
 def test_a_small_photo_is_centred_on_black() -> None:
     image = np.full((50, 81, 3), 200, np.uint8)
-    crop, moved = augment(image, np.ones((50, 81), bool), 128, STILL, np.random.default_rng(0))
+    crop, moved = augment_one(image, np.ones((50, 81), bool), 128, STILL, np.random.default_rng(0))
     expected = np.zeros((128, 128), bool)
     expected[39:89, 23:104] = True
     np.testing.assert_array_equal(moved, expected)
@@ -190,7 +197,7 @@ def test_rescaling_is_that_of_opencv(scale: float) -> None:
     height, width = round(120 * scale), round(160 * scale)
     expected = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     config = changed(STILL, scale_min=scale, scale_max=scale)
-    crop, moved = augment(image, np.ones((120, 160), bool), 256, config, rng)
+    crop, moved = augment_one(image, np.ones((120, 160), bool), 256, config, rng)
     top, left = (256 - height) // 2, (256 - width) // 2
     window = (slice(top, top + height), slice(left, left + width))
     assert moved[window].all()
@@ -205,7 +212,7 @@ def test_a_mask_drawn_into_the_photo_stays_on_the_mask() -> None:
     image = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
     drift = []
     for seed in range(60):
-        crop, moved = augment(image, mask, 256, MOVING, np.random.default_rng(seed))
+        crop, moved = augment_one(image, mask, 256, MOVING, np.random.default_rng(seed))
         grey = crop[..., 0].astype(float) / 255
         away = ndimage.distance_transform_edt(moved) + ndimage.distance_transform_edt(~moved) > 1.5
         np.testing.assert_array_equal((grey > 0.5)[away], moved[away])
@@ -237,7 +244,7 @@ def test_shift_and_rotation_keep_to_their_limits() -> None:
 def test_the_mask_covers_exactly_what_the_photo_covers() -> None:
     for seed in range(40):
         image = np.full((140, 190, 3), 255, np.uint8)
-        crop, moved = augment(image, np.ones((140, 190), bool), 224, MOVING, np.random.default_rng(seed))
+        crop, moved = augment_one(image, np.ones((140, 190), bool), 224, MOVING, np.random.default_rng(seed))
         np.testing.assert_array_equal((crop > 0).all(axis=2), moved)
         assert set(np.unique(crop)) <= {0, 255}  # borders do not fade
 
@@ -256,7 +263,7 @@ def test_a_lost_object_is_drawn_again() -> None:
     image, mask = corner_object()
     config = changed(STILL, keep_background_probability=0.0, min_object_area=1)
     rng = np.random.default_rng(0)
-    assert all(augment(image, mask, 32, config, rng)[1].any() for _ in range(200))
+    assert all(augment_one(image, mask, 32, config, rng)[1].any() for _ in range(200))
 
 
 def test_a_lost_object_is_kept_at_its_probability() -> None:
@@ -265,14 +272,16 @@ def test_a_lost_object_is_kept_at_its_probability() -> None:
     for keep in (0.01, 0.3, 1.0):
         config = changed(STILL, keep_background_probability=keep, min_object_area=1)
         rng = np.random.default_rng(1)
-        share = np.mean([not augment(image, mask, 32, config, rng)[1].any() for _ in range(700)])
+        share = np.mean([not augment_one(image, mask, 32, config, rng)[1].any() for _ in range(700)])
         expected = lost * keep / (1 - lost * (1 - keep))  # the sum of a geometric series
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 700)
 
 
 def test_a_mask_without_object_ends_as_background() -> None:
     config = changed(STILL, keep_background_probability=0.0)
-    _, moved = augment(np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), bool), 32, config, np.random.default_rng(0))
+    _, moved = augment_one(
+        np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), bool), 32, config, np.random.default_rng(0)
+    )
     assert not moved.any()
 
 
@@ -281,8 +290,22 @@ def test_small_objects_are_removed_but_not_drawn_again(pixels: int, survives: bo
     mask = np.zeros((64, 64), bool)
     mask[10, :].flat[: min(pixels, 64)] = True
     mask[11, : pixels - 64] = True
-    _, moved = augment(np.zeros((64, 64, 3), np.uint8), mask, 64, STILL, np.random.default_rng(0))
+    _, moved = augment_one(np.zeros((64, 64, 3), np.uint8), mask, 64, STILL, np.random.default_rng(0))
     assert moved.sum() == (pixels if survives else 0)
+
+
+def test_several_objects_move_together_and_are_removed_one_by_one() -> None:
+    masks = [np.zeros((200, 200), bool) for _ in range(2)]
+    masks[0][40:160, 50:150] = True
+    masks[1][100:104, 100:104] = True  # inside the other; 16 pixels
+    for seed in range(20):
+        image = np.zeros((200, 200, 3), np.uint8)
+        together = augment(image, masks, 224, MOVING, np.random.default_rng(seed))[1]
+        alone = augment_one(image, masks[0], 224, MOVING, np.random.default_rng(seed))[1]
+        np.testing.assert_array_equal(together[0], alone)
+        assert not together[1].any()
+        kept = augment(image, masks, 224, changed(MOVING, min_object_area=1), np.random.default_rng(seed))[1]
+        assert 0 < kept[1].sum() == (kept[1] & kept[0]).sum()
 
 
 # -- colours ---------------------------------------------------------------------------------------------------------

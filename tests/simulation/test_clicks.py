@@ -104,6 +104,21 @@ def test_a_full_object_has_no_room_for_negative_clicks():
     assert points[0, 2] == 100
 
 
+def test_merged_objects_get_a_click_each_and_then_equal_chances():
+    """However much larger one of them is."""
+    small, large = square(high=24), square(low=32, high=64)
+    rng = np.random.default_rng(7)
+    points = [placed(sample_clicks(small | large, rng, CONFIG, parts=(small, large)), True) for _ in range(3000)]
+    assert all(small[tuple(each[0])] and large[tuple(each[1])] for each in points)
+    assert {len(each) for each in points} == set(range(3, 25))  # two first, 1 + k more, 24 at most
+    on_small = np.concatenate([small[tuple(each[2:].T)] for each in points])
+    assert stats.binomtest(int(on_small.sum()), len(on_small)).pvalue > 1e-3
+    counts = np.bincount([len(each) - 3 for each in points])[:10]
+    chances = CONFIG.gamma ** np.arange(24)
+    expected = 3000 * chances[:10] / chances.sum()
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected)).all()
+
+
 def test_equal_generators_give_equal_clicks():
     first, second = (sample_clicks(square(), np.random.default_rng(6), CONFIG) for _ in range(2))
     np.testing.assert_array_equal(first, second)

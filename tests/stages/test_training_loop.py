@@ -13,7 +13,8 @@ from training_material import make_material, tiny_run
 from mis_platform.config import Run, TrainConfig
 from mis_platform.data.examples import ExampleStream, open_stream
 from mis_platform.model.losses import smoothness_loss
-from mis_platform.model.simpleclick import UNUSED
+from mis_platform.model.simpleclick import UNUSED, resize_position_embedding
+from mis_platform.model.weights import save_model
 from mis_platform.stages.training_loop import (
     CHECKPOINTS,
     COMPLETE_FILE,
@@ -103,6 +104,39 @@ def test_the_initial_model_comes_from_the_seed_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def saved_model(folder: Path, run: Run) -> Storage:
+    save_model(folder, initial_model(run), {})
+    return Storage(str(folder))
+
+
+def test_a_pretraining_gives_all_weights_to_the_bit(tmp_path: Path) -> None:
+    source = saved_model(tmp_path, tiny_run(seed=5))
+    expected, found = initial_model(tiny_run(seed=5)), initial_model(tiny_run(seed=6), source)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    trainable = {name for name, parameter in expected.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in found.named_parameters() if parameter.requires_grad} == trainable
+
+
+def test_a_pretraining_at_another_size_is_resized(tmp_path: Path) -> None:
+    source = saved_model(tmp_path, tiny_run(seed=5))
+    run = tiny_run(seed=6)
+    large = run.model_copy(update={"model": run.model.model_copy(update={"image_size": 448})})
+    expected, found = initial_model(tiny_run(seed=5)), initial_model(large, source)
+    resize_position_embedding(expected, 448)
+    assert found.image_size == (448, 448)
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_pretraining_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    run = tiny_run()
+    other = run.model_copy(update={"model": run.model.model_copy(update={"variant": "vit_b"})})
+    with pytest.raises(ValueError, match=r"model\.variant=vit_b cannot start from .*, which is a vit_xt"):
+        initial_model(other, saved_model(tmp_path / "small", run))
+    with pytest.raises(ValueError, match="holds no model to start from"):
+        initial_model(run, Storage(str(tmp_path / "nothing")))
 
 
 def test_every_trained_parameter_gets_a_gradient_and_no_other(batch: Batch) -> None:

@@ -1,0 +1,253 @@
+"""An experiment is a value: a question, the runs that answer it, and the numbers the paper gives for them.
+
+A new one is a file of about 25 lines under experiments/ with a module-level `EXPERIMENT`. Nothing here imports Ray or
+torch, so `mis list` and a typo answer at once.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mis_platform.config import Run, build, flatten, nearest, override
+
+PAPER_PROFILE = "paper"  # the only profile whose numbers may be measured against the paper's
+Measure = Literal["clicks", "overlap"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a run, and what the paper measured for it."""
+
+    name: str
+    run: Run
+    paper: Mapping[str, float] = field(default_factory=dict)  # "grabcut/noc85" -> clicks
+    pretraining: Run | None = None  # start from the model of this run (fine-tuning, Table 2)
+    quoted: str = ""  # where the numbers come from, for a row that does not run here
+    against: str = ""  # the row that it is compared with, where that is not the experiment's default
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or a figure of the paper.
+
+    question: only its first line is kept, so that a file can pass its `__doc__`. rows: with different names. default:
+    the row that the others are compared with. measure: "clicks" trains each row and lets the click robot score it,
+    "overlap" scores its merge trees (mean best overlap) without training, or both. tolerance: clicks by which our NoC
+    may differ from the paper's and still count as reproduced.
+    """
+
+    question: str
+    rows: tuple[Row, ...]
+    source: str  # "Table 4"
+    default: str = ""
+    measure: tuple[Measure, ...] = ("clicks",)
+    figure: Literal["bars", "curves", "objects", "proposals"] = "bars"
+    tolerance: float = 0.3
+    note: str = ""  # what a reader has to know before comparing
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        assert len(set(names)) == len(names) > 0, f"rows need different names: {names}"
+        for name in (self.default, *(row.against for row in self.rows)):
+            assert name in {"", *names}, f"{name} is no row: {names}"
+        object.__setattr__(self, "question", self.question.strip().partition("\n")[0])
+
+    def row(self, name: str) -> Row:
+        """Raises ValueError that names the nearest row, or lists them."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise ValueError(f"no row is called {name!r}{nearest(name, [row.name for row in self.rows])}")
+
+    def reference(self, row: Row) -> Row | None:
+        """The row that this one is compared with; None for the default row itself, or where there is none."""
+        name = row.against or self.default
+        return self.row(name) if name and name != row.name else None
+
+    def select(self, names: Sequence[str]) -> "Experiment":
+        """Only these rows; rows that are not named are nobody's reference. All of them for no names."""
+        if not names:
+            return self
+        chosen = (self.row(name) for name in dict.fromkeys(names))
+        rows = tuple(row if row.against in names else dataclasses.replace(row, against="") for row in chosen)
+        return dataclasses.replace(self, rows=rows, default=self.default if self.default in names else "")
+
+    def with_settings(self, assignments: Iterable[str]) -> "Experiment":
+        """Every run with each `dotted.name=value` applied. Raises ValueError as `config.override` does, and where the
+        setting is what the rows vary: then they would all be one."""
+        assignments = list(assignments)
+        for name in {text.partition("=")[0].strip() for text in assignments} & set(self.varied()):
+            raise ValueError(f"--set {name}: that is what the rows differ in; choose among them with --only")
+        return self._each(lambda run: override(run, assignments))
+
+    def with_profile(self, name: str) -> "Experiment":
+        """The same rows at the size of a profile.
+
+        What the rows vary, and what a row sets apart from `Run()`, stays: that is what the experiment asks about.
+        The paper's numbers stay too; whoever compares with them has to look at the profile.
+        """
+        profile, varied, usual = profile_named(name), set(self.varied()), flatten(Run())
+
+        def sized(run: Run) -> Any:
+            flat = flatten(run)
+            return override(
+                run,
+                [f"{key}={value}" for key, value in profile.items() if key not in varied and flat[key] == usual[key]],
+            )
+
+        return self._each(sized)
+
+    def varied(self) -> list[str]:
+        """Dotted names of the settings in which the rows that run here differ."""
+        flat = [flatten(row.run) for row in self.rows if not row.quoted]
+        return [name for name in flat[0] if len({repr(each[name]) for each in flat}) > 1] if flat else []
+
+    def _each(self, change: Callable[[Run], Run]) -> "Experiment":
+        rows = tuple(
+            dataclasses.replace(row, run=change(row.run), pretraining=row.pretraining and change(row.pretraining))
+            for row in self.rows
+        )
+        return dataclasses.replace(self, rows=rows)
+
+
+def vary(
+    run: Run,
+    name: str,
+    values: Iterable[Any],
+    paper: Mapping[Any, Mapping[str, float]] | None = None,
+    label: str = "",
+) -> tuple[Row, ...]:
+    """A row for each value of one setting, called e.g. "alpha=0.8".
+
+    paper: value -> metric -> the paper's number; label: what the row's name says for the setting, if not its last part.
+    """
+    values, numbers = list(values), paper or {}
+    assert set(numbers) <= set(values), f"the paper's numbers are for {list(numbers)}, the rows for {values}"
+    leaf = label or name.rsplit(".", 1)[-1]
+    return tuple(Row(f"{leaf}={value}", changed(run, **{name: value}), numbers.get(value, {})) for value in values)
+
+
+def changed(run: Run, **settings: Any) -> Run:
+    """`run` with dotted settings changed: changed(Run(), **{"sampling.alpha": 0.8}).
+
+    Raises ValueError that names the nearest right setting, or the allowed values.
+    """
+    tree = run.model_dump()
+    known = flatten(run)
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r}{nearest(name, known)}")
+        *parents, leaf = name.split(".")
+        branch = tree
+        for parent in parents:
+            branch = branch[parent]
+        branch[leaf] = value
+    result: Run = build(Run, tree)
+    return result
+
+
+def noc(dataset: str, noc85: float | None, noc90: float | None) -> dict[str, float]:
+    """The paper's pair of numbers under their metric names; None where it prints none."""
+    numbers = {f"{dataset}/noc85": noc85, f"{dataset}/noc90": noc90}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+Pair = tuple[float | None, float | None]  # NoC@85, NoC@90
+
+
+def four(grabcut: Pair, berkeley: Pair, sbd: Pair, davis: Pair) -> dict[str, float]:
+    """The paper's (NoC@85, NoC@90) on its four benchmarks."""
+    pairs = {"grabcut": grabcut, "berkeley": berkeley, "sbd": sbd, "davis": davis}
+    return {key: value for name, pair in pairs.items() for key, value in noc(name, *pair).items()}
+
+
+# -- profiles --------------------------------------------------------------------------------------------------------
+
+# A profile is data: settings that every row gets, so that it is part of every fingerprint.
+PROFILES: dict[str, dict[str, str]] = {
+    # The paper's sizes, with its benchmarks under --data-root.
+    PAPER_PROFILE: {"eval_datasets": '["grabcut", "berkeley", "sbd", "davis"]'},
+    # Half an hour on a GPU or a night on a laptop, without public weights.
+    "small": {
+        "dataset": "photos",
+        "eval_datasets": '["grabcut"]',
+        "features.extractor": "color_texture",
+        "model.variant": "vit_xt",
+        "model.init": "random",
+        "model.image_size": "224",
+        "eval.zoom_size": "224",
+        "eval.davis_zoom_size": "224",
+        "train.batch_size": "4",
+        "train.learning_rate": "3e-4",
+        "train.epochs": "24",
+        "train.decay_epochs": "[20]",
+        "train.smooth_weight": "1",
+        "clicks.iterative_clicks": "1",
+    },
+    # Minutes on two cores: the photos that the wheels carry, a few steps.
+    "smoke": {
+        "dataset": "wheels",
+        "eval_datasets": '["synthetic"]',
+        "features.extractor": "color_texture",
+        "model.variant": "vit_xt",
+        "model.init": "random",
+        "model.image_size": "224",
+        "eval.zoom_size": "224",
+        "eval.davis_zoom_size": "224",
+        "eval.max_clicks": "3",
+        "train.batch_size": "2",
+        "train.max_steps": "6",
+        "clicks.iterative_clicks": "1",
+    },
+}
+
+
+def profile_named(name: str) -> dict[str, str]:
+    """Raises ValueError that lists the profiles."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; there are: {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def experiments_folder() -> Path:
+    """MIS_EXPERIMENTS, or experiments/ in the working directory, or that of the source tree or installed package."""
+    given = os.environ.get("MIS_EXPERIMENTS")
+    if given:
+        return Path(given)
+    here = Path.cwd() / "experiments"
+    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "experiments"
+
+
+def list_experiments(folder: Path | None = None) -> dict[str, Path]:
+    """Name -> file, in the order of the names. Nothing is imported."""
+    folder = folder or experiments_folder()
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")}
+
+
+def question_of(file: Path) -> str:
+    """First line of the docstring of an experiment's file, without running it."""
+    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf8"))) or "").partition("\n")[0]
+
+
+def load_experiment(name: str, folder: Path | None = None) -> Experiment:
+    """The `EXPERIMENT` of experiments/NAME.py. Raises ValueError that lists what there is, or says what is wrong."""
+    files = list_experiments(folder)
+    if name not in files:
+        raise ValueError(f"unknown experiment {name!r}{nearest(name, files)}")
+    spec = importlib.util.spec_from_file_location(f"mis_experiments.{name}", files[name])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, "EXPERIMENT", None)
+    if not isinstance(found, Experiment):
+        raise ValueError(f"{files[name]} has no EXPERIMENT = Experiment(...)")
+    return found

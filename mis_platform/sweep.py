@@ -1,0 +1,628 @@
+"""An experiment as Ray Tune trials: one for each training that is missing, which builds its own Ray Train job.
+
+Tune restores nothing: what is done is what has a manifest. A sweep that was stopped anywhere goes on by running it
+again, finished rows are not even started, an unfinished training goes on from its newest checkpoint. What many rows
+need (trees, a pretraining) is made before the fan-out. Only this process writes to MLflow: one parent run for the
+sweep, one child for each row, found again by their fingerprints.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Before Ray Tune is imported: no CSV, JSON or TensorBoard copies of what MLflow gets.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables do not respect verbose=0
+
+import ray
+from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
+
+from mis_platform import drawing, figures, jobs, pipeline, report, tracking
+from mis_platform.artifacts import Stage, ensure, read_manifest, versions, walk
+from mis_platform.comparison import Comparison, Outcome, compare, render
+from mis_platform.config import Resources, Run, fingerprint, override, plain
+from mis_platform.data import synthetic
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.evaluation.noc import iou_table
+from mis_platform.experiment import Experiment, Row, load_experiment
+from mis_platform.stages import cluster, train
+from mis_platform.stages.training_loop import Schedule
+from mis_platform.storage import Storage
+
+DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
+WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
+WHEEL_OBJECTS = 8
+POLL_SECONDS = 1.0
+SECONDS_BETWEEN_LINES = 10.0
+PICTURES = 2  # objects drawn for each row and benchmark
+LAST_REPORT = "report.json"
+REPORTS = {"report.txt": "text", "report.md": "markdown", "report.html": "html", LAST_REPORT: "json"}  # in this order
+CURVES = ("loss", "loss_mask", "loss_smooth", "iou", "gradient_norm", "learning_rate", "images_per_second")
+
+
+# -- what is to be done ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+    photos: Dataset
+    benchmarks: tuple[Dataset, ...]
+    measure: tuple[str, ...]
+
+    @property
+    def run(self) -> Run:
+        return seeded(self.row.run, self.seed)
+
+    @property
+    def name(self) -> str:
+        return self.row.name if self.seed == 0 else f"{self.row.name} seed {self.seed}"
+
+    def pretraining(self, resources: Resources) -> Stage | None:
+        run = self.row.pretraining
+        if run is None:
+            return None
+        return pipeline.checkpoint_stage(self.photos, seeded(run, self.seed), resources, lambda step, metrics: None)
+
+    def training(self, resources: Resources, on_metrics: pipeline.OnMetrics = lambda step, metrics: None) -> Stage:
+        return pipeline.checkpoint_stage(self.photos, self.run, resources, on_metrics, self.pretraining(resources))
+
+    def clicks(self, model: Storage, resources: Resources) -> list[Stage]:
+        return [pipeline.clicks_stage(each, self.run, resources, model) for each in self.benchmarks]
+
+    def overlaps(self, resources: Resources) -> list[Stage]:
+        return [pipeline.overlap_stage(each, self.run, resources) for each in self.benchmarks]
+
+    def is_done(self, root: Storage, resources: Resources) -> bool:
+        stages = self.overlaps(resources) if "overlap" in self.measure else []
+        if "clicks" in self.measure:
+            training = self.training(resources)
+            if not training.is_done(root):
+                return False
+            stages = stages + self.clicks(training.directory(root), resources)
+        return all(stage.is_done(root) for stage in stages)
+
+    def fingerprint(self, resources: Resources) -> str:
+        """That of the MLflow run: the model and the protocol it is scored under."""
+        if "clicks" not in self.measure:
+            return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
+        return fingerprint({"model": self.training(resources).fingerprint, "eval": plain(self.run.eval)})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An experiment at the size of a profile, with what its rows read."""
+
+    name: str
+    profile: str
+    experiment: Experiment
+    seeds: int
+    root: Storage
+    resources: Resources
+    tasks: tuple[Task, ...]
+    refused: Mapping[tuple[str, int], str] = field(default_factory=dict)  # (row, seed) -> why it cannot even start
+
+    @property
+    def fingerprint(self) -> str:
+        rows = [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in self.experiment.rows]
+        return fingerprint({"sweep": self.name, "profile": self.profile, "rows": rows, "seeds": self.seeds})
+
+    def work(self) -> str:
+        """One line on what is left: trainings and their images, and what the last one took, if there was one."""
+        left: dict[str, Task] = {}
+        for task in self.tasks:
+            if "clicks" in task.measure:
+                training = task.training(self.resources)
+                if not training.is_done(self.root):
+                    left.setdefault(training.fingerprint, task)
+        images = sum(_images(task) for task in left.values())
+        return f"work left: {len(left)} training(s), about {images} images to train on"
+
+    @property
+    def directory(self) -> Storage:
+        return self.root.child("sweeps", f"{self.name}-{self.profile}", self.fingerprint)
+
+
+def prepare(
+    name: str,
+    *,
+    profile: str,
+    root: Storage,
+    data_root: Path | None,
+    resources: Resources,
+    assignments: Sequence[str] = (),
+    only: Sequence[str] = (),
+    seeds: int = 1,
+) -> Sweep:
+    """The sweep that these words name. A row that cannot start (weights or data missing) is refused, with its reason.
+
+    Raises ValueError for unknown names and settings.
+    """
+    experiment = load_experiment(name).with_profile(profile).select(only).with_settings(assignments)
+    tasks, refused = [], {}
+    for row in experiment.rows:
+        for seed in range(0 if row.quoted else seeds):
+            try:
+                task = _task(row, seed, experiment.measure, root, data_root)
+                task.fingerprint(resources)  # missing weights and masks show here
+                tasks.append(task)
+            except ValueError as error:
+                refused[row.name, seed] = str(error)
+    return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), refused)
+
+
+def _task(row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None) -> Task:
+    photos = pipeline.training_photos(row.run.model_copy(update={"dataset": _spec(row.run.dataset, root)}), data_root)
+    benchmarks = tuple(
+        pipeline.benchmark(_spec(spec, root, data_root), data_root) for spec in row.run.eval_datasets
+    )  # fmt: skip
+    return Task(row, seed, photos, benchmarks, measure)
+
+
+def _spec(spec: str, root: Storage, data_root: Path | None = None) -> str:
+    """`spec`, or the folder below the root with what a profile calls "wheels" and "synthetic"; made when missing."""
+    if spec not in (WHEEL_PHOTOS, WHEEL_BENCHMARK) or (spec == WHEEL_BENCHMARK and data_root is not None):
+        return spec
+    if root.local is None:
+        raise ValueError(f"data set {spec!r} is made below a local root; {root} is none: name a data set of your own")
+    photos, benchmark = synthetic.write_material(root.local / "wheels", objects=WHEEL_OBJECTS)
+    return f"folder:{photos}" if spec == WHEEL_PHOTOS else f"synthetic:{benchmark}"
+
+
+def _images(task: Task) -> int:
+    """Images that a training sees; photos that may be refused count."""
+    return Schedule(len(task.photos), task.run.train).total_steps * task.run.train.batch_size
+
+
+def seeded(run: Run, seed: int) -> Run:
+    """`run` with its training seed moved on by `seed`; 0 leaves it as it is."""
+    changed: Run = override(run, [f"train.seed={run.train.seed + seed}"]) if seed else run
+    return changed
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_sweep(sweep: Sweep) -> Comparison:
+    """Finish every row that can be finished, record all of it in MLflow, and compare.
+
+    A row that fails is reported as failed with its reason; the others finish. Raises ValueError when the trials cannot
+    be placed on the cluster, KeyboardInterrupt after Ctrl-C.
+    """
+    resources, root = sweep.resources, sweep.root
+    missing = [task for task in sweep.tasks if not task.is_done(root, resources)]
+    failures = {f"{name}/{seed}": reason for (name, seed), reason in sweep.refused.items()}
+    with _parent(sweep) as parent:
+        if missing:
+            with cluster.cluster():
+                failures |= _finish(sweep, missing)
+        _write_failures(sweep, failures)
+        for task in sweep.tasks:
+            if f"{task.row.name}/{task.seed}" not in failures:
+                _record(sweep, task)
+        comparison, found = compare_rows(sweep)
+        _record_report(sweep, comparison, found, parent)
+    return comparison
+
+
+def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
+    """Shared stages here, then a trial for each training. Returns "row/seed" -> reason of those that failed."""
+    train.trials_at_once(sweep.resources)  # refused before anything runs
+    failures: dict[str, str] = {}
+    shared: dict[str, str] = {}  # fingerprint -> why it failed
+    for task in tasks:
+        for stage in _shared(task, sweep.resources):
+            if stage.fingerprint not in shared:
+                shared[stage.fingerprint] = _attempt(stage, sweep.root)
+            if shared[stage.fingerprint]:
+                failures[f"{task.row.name}/{task.seed}"] = f"{stage.name}: {shared[stage.fingerprint]}"
+    able = [task for task in tasks if f"{task.row.name}/{task.seed}" not in failures and "clicks" in task.measure]
+    pretrainings = _by_training(
+        (_as_pretraining(task) for task in able if task.row.pretraining is not None), sweep.resources
+    )
+    failed_before = _fan_out(sweep, pretrainings) if pretrainings else {}
+    return failures | _fan_out(sweep, _by_training(able, sweep.resources)) | failed_before
+
+
+def _shared(task: Task, resources: Resources) -> list[Stage]:
+    """What is made before the fan-out: trees, and the overlaps of the benchmarks' own trees."""
+    stages = task.overlaps(resources) if "overlap" in task.measure else []
+    if "clicks" in task.measure:
+        stages += [stage for stage in walk(task.training(resources)) if stage.name == "trees"]
+    return stages
+
+
+def _attempt(stage: Stage, root: Storage) -> str:
+    """Finish a stage; why it failed, or nothing."""
+    try:
+        ensure(stage, root)
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def _as_pretraining(task: Task) -> Task:
+    """The training that a row starts from, as a task that nobody scores."""
+    assert task.row.pretraining is not None
+    return Task(Row(f"pretraining of {task.row.name}", task.row.pretraining), task.seed, task.photos, (), ("clicks",))
+
+
+def _by_training(tasks: Iterable[Task], resources: Resources) -> list[list[Task]]:
+    """Rows that share a training (other settings of the evaluation only) go through one trial."""
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.training(resources).fingerprint, []).append(task)
+    return list(groups.values())
+
+
+def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
+    """A trial for each group of tasks. Returns "row/seed" -> reason of those that failed."""
+    if not groups:
+        return {}
+    trials = min(train.trials_at_once(sweep.resources), len(groups))
+    names = ", ".join(group[0].name for group in groups)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the reasons of failed trials are told in one line each
+    print(f"sweep: {len(groups)} training(s) to do, {trials} at a time: {names}", file=sys.stderr, flush=True)
+    with _recorder(sweep, groups) as recorder, _tune_storage() as storage_path:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_trial, groups=groups, root=sweep.root, resources=sweep.resources),
+                {"CPU": DRIVER_CPU},
+            ),
+            param_space={"group": tune.grid_search(list(range(len(groups))))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=trials, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=f"mis-{uuid.uuid4().hex}",  # never one that Ray knows: it would return that run's results
+                storage_path=storage_path,
+                callbacks=[recorder],
+                failure_config=tune.FailureConfig(max_failures=0),  # the training inside has its own
+                verbose=0,
+            ),
+        )
+        results = _wait(tuner.fit)
+    failures: dict[str, str] = {}
+    for result in results:
+        if result.error is not None:
+            reason = reason_of(result.error)
+            failures |= {f"{task.row.name}/{task.seed}": reason for task in groups[result.config["group"]]}
+    return failures
+
+
+def _wait(function: Callable[[], Any]) -> Any:
+    """Tune's fit() in a thread of its own: in the main thread it would take over Ctrl-C and return as if done."""
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            outcome.append(function())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=call, name="ray-tune", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def _tune_storage() -> Iterator[str]:
+    """A directory for what Tune writes; nothing in it is read again."""
+    path = tempfile.mkdtemp(prefix="mis-ray-tune-")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for people: the innermost cause, without Ray's tracebacks around it."""
+    cause: BaseException = error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+        cause = inner
+    lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
+    text = lines[-1] if lines and lines[0].startswith("ray::") else (lines[0] if lines else "")
+    return text if isinstance(cause, ValueError) else f"{type(cause).__name__}: {text}".rstrip(": ")
+
+
+# -- a trial, in a process of its own --------------------------------------------------------------------------------
+
+
+def _trial(config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources) -> None:
+    """Train once and score every row of the group.
+
+    The work is done in a thread, so that a training without a sign of life for resources.trial_silence seconds ends
+    as a failed row instead of holding the sweep up for ever.
+    """
+    tasks = groups[config["group"]]
+    signs: queue.Queue[tuple[str, Any]] = queue.Queue()
+    threading.Thread(target=_work, args=(tasks, root, resources, signs), daemon=True).start()
+    is_training = True
+    while True:
+        try:
+            kind, value = signs.get(timeout=resources.trial_silence if is_training else None)
+        except queue.Empty:
+            raise TimeoutError(
+                f"no training step for {resources.trial_silence:g} seconds (resources.trial_silence)"
+            ) from None
+        if kind == "metrics":
+            tune.report(value)
+        elif kind == "trained":
+            is_training = False
+        elif kind == "failed":
+            raise value
+        else:
+            return
+
+
+def _work(
+    tasks: Sequence[Task], root: Storage, resources: Resources, signs: "queue.Queue[tuple[str, Any]]"
+) -> None:  # fmt: skip
+    def report_step(step: int, metrics: dict[str, float]) -> None:
+        signs.put(("metrics", {"step": step, **metrics}))
+
+    try:
+        directory = ensure(tasks[0].training(resources, report_step), root)
+        signs.put(("trained", None))
+        for task in tasks:
+            for stage in task.clicks(directory, resources):
+                ensure(stage, root)
+        signs.put(("done", None))
+    except BaseException as error:
+        signs.put(("failed", error))
+
+
+# -- the record ------------------------------------------------------------------------------------------------------
+
+
+class _Recorder(TrialProgressCallback):  # type: ignore[misc]
+    """Live curves of the running trials in MLflow, and a line for people now and then.
+
+    It stands in for Tune's own callback of that kind, which otherwise is added and prints whatever verbose says.
+    """
+
+    def __init__(self, sweep: Sweep, groups: Sequence[Sequence[Task]]) -> None:
+        super().__init__()
+        self._sweep, self._groups = sweep, groups
+        self._trackers: dict[int, tracking.Tracker] = {}
+        self._printed = 0.0
+        self._finished = 0
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "step" not in result:
+            return
+        group = int(trial.config["group"])
+        tracker = self._trackers.get(group) or self._trackers.setdefault(group, self._open(group))
+        step = int(result["step"])
+        tracker.log_metrics({f"train/{name}": result[name] for name in CURVES if name in result}, step)
+        if time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            name = self._groups[group][0].name
+            done = f"sweep: {self._finished}/{len(self._groups)} trainings done"
+            print(f"{done}; {name}: step {step}, loss {result['loss']:.4f}", file=sys.stderr, flush=True)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._finished += 1
+        self._close(int(trial.config["group"]), "FINISHED")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._finished += 1
+        self._close(int(trial.config["group"]), "FAILED")
+
+    def close(self) -> None:
+        for group in list(self._trackers):
+            self._close(group, "KILLED")
+
+    def _open(self, group: int) -> tracking.Tracker:
+        return _child(self._sweep, self._groups[group][0])
+
+    def _close(self, group: int, status: str) -> None:
+        tracker = self._trackers.pop(group, None)
+        if tracker is not None:
+            tracker.close(status)
+
+
+@contextlib.contextmanager
+def _recorder(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> Iterator[_Recorder]:
+    recorder = _Recorder(sweep, groups)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def _parent(sweep: Sweep) -> tracking.Tracker:
+    """The MLflow run of the whole sweep."""
+    return tracking.open_run(
+        sweep.root,
+        experiment=sweep.name,
+        name=f"{sweep.name} {sweep.profile}",
+        fingerprint=sweep.fingerprint,
+        params={"profile": sweep.profile, "seeds": sweep.seeds, "rows": [row.name for row in sweep.experiment.rows]},
+        tags={"mis.question": sweep.experiment.question, "mis.source": sweep.experiment.source},
+    )
+
+
+def _child(sweep: Sweep, task: Task) -> tracking.Tracker:
+    """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it."""
+    model = task.training(sweep.resources).fingerprint
+    return jobs.record(sweep.root, sweep.name, task.name, model, task.run, sweep.resources, sweep.fingerprint)
+
+
+def _record(sweep: Sweep, task: Task) -> None:
+    """Everything about a finished row: curves, scores, pictures, the paper's numbers; once, as a marker remembers."""
+    store = fingerprint({"store": tracking.tracking_uri(sweep.root), "task": task.fingerprint(sweep.resources)})
+    marker = f"recorded/{store}"
+    if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
+        return
+    run, resources, root = task.run, sweep.resources, sweep.root
+    if "clicks" in task.measure:
+        model = jobs.train(
+            task.photos, run, resources, root, sweep.name, task.pretraining(resources), task.name, sweep.fingerprint
+        )  # fmt: skip
+        jobs.evaluate(
+            task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, sweep.fingerprint
+        )  # fmt: skip
+    with _scores_run(sweep, task) as tracker:
+        tracker.set_tags({"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)})
+        tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
+        tracker.log_metrics(_overlap_metrics(sweep, task))
+    sweep.directory.write_bytes(marker, b"")
+
+
+def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
+    if "clicks" in task.measure:
+        return _child(sweep, task)
+    return tracking.open_run(
+        sweep.root,
+        experiment=sweep.name,
+        name=task.name,
+        fingerprint=task.fingerprint(sweep.resources),
+        params={"features.extractor": task.run.features.extractor},
+        parent=sweep.fingerprint,
+    )
+
+
+def _overlap_metrics(sweep: Sweep, task: Task) -> dict[str, float]:
+    if "overlap" not in task.measure:
+        return {}
+    return {
+        f"{dataset.name}/mean_best_overlap": float(report.read_overlaps(stage.directory(sweep.root)).mean())
+        for dataset, stage in zip(task.benchmarks, task.overlaps(sweep.resources), strict=True)
+    }
+
+
+def _record_report(
+    sweep: Sweep, comparison: Comparison, found: Sequence[Outcome], parent: tracking.Tracker
+) -> None:  # fmt: skip
+    """The report and its figures, as files in the sweep's directory and as artifacts of the parent run."""
+    texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
+    if sweep.directory.exists(LAST_REPORT) and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
+        return  # nothing is new: a second run draws nothing again
+    for name, figure in draw(sweep, comparison, found).items():
+        sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))
+        parent.log_figure(figure, f"figures/{name}")
+    for name, text in texts.items():
+        parent.log_text(text, name)
+        sweep.directory.write_bytes(name, text.encode())
+
+
+def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:
+    sweep.directory.write_bytes("failures.json", json.dumps(failures, indent=1).encode())
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare_rows(sweep: Sweep) -> tuple[Comparison, list[Outcome]]:
+    """The report of what is there, and what it was made from; nothing is run."""
+    found = outcomes(sweep)
+    return compare(sweep.experiment, sweep.profile, found, about(sweep)), found
+
+
+def outcomes(sweep: Sweep) -> list[Outcome]:
+    """Every row and seed with what is known of it."""
+    failures = _read_failures(sweep)
+    found = []
+    by_key = {(task.row.name, task.seed): task for task in sweep.tasks}
+    for row in sweep.experiment.rows:
+        if row.quoted:
+            found.append(Outcome(row, 0, "quoted", row.quoted, {}, {}, {}))
+            continue
+        for seed in range(sweep.seeds):
+            task = by_key.get((row.name, seed))
+            reason = sweep.refused.get((row.name, seed)) or failures.get(f"{row.name}/{seed}", "")
+            if task is not None and task.is_done(sweep.root, sweep.resources):
+                found.append(_outcome(sweep, task))
+            else:
+                found.append(Outcome(row, seed, "failed" if reason else "missing", reason, {}, {}, {}))
+    return found
+
+
+def _outcome(sweep: Sweep, task: Task) -> Outcome:
+    ious, protocols, overlaps = {}, {}, {}
+    if "clicks" in task.measure:
+        model = task.training(sweep.resources).directory(sweep.root)
+        for dataset, stage in zip(task.benchmarks, task.clicks(model, sweep.resources), strict=True):
+            directory = stage.directory(sweep.root)
+            protocol = read_manifest(directory)["summary"]["protocol"]
+            ious[dataset.name] = iou_table(report.read_table(directory), protocol["max_clicks"])
+            protocols[dataset.name] = protocol
+    if "overlap" in task.measure:
+        for dataset, stage in zip(task.benchmarks, task.overlaps(sweep.resources), strict=True):
+            overlaps[dataset.name] = report.read_overlaps(stage.directory(sweep.root))
+    return Outcome(task.row, task.seed, "done", "", ious, overlaps, protocols)
+
+
+def _read_failures(sweep: Sweep) -> dict[str, str]:
+    try:
+        found = json.loads(sweep.directory.read_bytes("failures.json"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def about(sweep: Sweep) -> dict[str, Any]:
+    """For the foot of a report: commit, machine, hours of computing, the profile's settings."""
+    seconds = 0.0
+    seen: set[str] = set()
+    for task in sweep.tasks:
+        if "clicks" not in task.measure or not task.training(sweep.resources).is_done(sweep.root):
+            continue
+        training = task.training(sweep.resources)
+        stages = [*walk(training), *task.clicks(training.directory(sweep.root), sweep.resources)]
+        for stage in stages:
+            if stage.fingerprint not in seen and stage.is_done(sweep.root):
+                seen.add(stage.fingerprint)
+                seconds += float(read_manifest(stage.directory(sweep.root))["information"]["seconds"])
+    return {
+        "commit": versions()["git_commit"] or "unknown",
+        "machine": f"{os.cpu_count()} CPU cores" + (f", {cluster.gpus()} GPUs" if ray.is_initialized() else ""),
+        "seconds": round(seconds, 1),
+        "profile": sweep.profile,
+        "seeds": sweep.seeds,
+    }
+
+
+def draw(sweep: Sweep, comparison: Comparison, found: Sequence[Outcome]) -> dict[str, Any]:
+    """The figures of the experiment: file name -> matplotlib figure, of what is done."""
+    done = [task for task in sweep.tasks if task.is_done(sweep.root, sweep.resources)]
+    kind = sweep.experiment.figure
+    if kind == "curves":
+        return drawing.curves(found)
+    if kind == "objects":
+        return {name: figure for task in done[:1] for name, figure in _draw_objects(sweep, task).items()}
+    if kind == "proposals":
+        pairs = [(task, dataset) for task in done for dataset in task.benchmarks]
+        return {
+            name: figure
+            for task, dataset in pairs
+            for name, figure in drawing.proposals(dataset, task.run, sweep.resources, sweep.root, task.row.name).items()
+        }
+    return drawing.bars(comparison)
+
+
+def _draw_objects(sweep: Sweep, task: Task) -> dict[str, Any]:
+    model = task.training(sweep.resources).directory(sweep.root)
+    directories = [stage.directory(sweep.root) for stage in task.clicks(model, sweep.resources)]
+    clicks = dict(zip((dataset.name for dataset in task.benchmarks), directories, strict=True))
+    return drawing.objects(task.benchmarks, model, clicks, task.run)

@@ -1,0 +1,136 @@
+"""What decides a checkpoint: its identity under trees, under labels, and with a pretraining."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_material import make_labelled, tiny_run
+
+from mis_platform import jobs, pipeline
+from mis_platform.artifacts import Stage, ensure
+from mis_platform.config import Resources, Run, override
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.errors import DataError
+from mis_platform.model.weights import load_model, read_config
+from mis_platform.report import read_history
+from mis_platform.stages.training_loop import initial_model
+from mis_platform.storage import Storage
+
+LABELS = ("target.source=labels",)
+COLORS = ("features.extractor=color_texture",)  # needs no weights
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Dataset:
+    return make_labelled(tmp_path / "set", count=4)
+
+
+def checkpoint(dataset: Dataset, *assignments: str, pretraining: Stage | None = None) -> Stage:
+    run = override(tiny_run(), [*COLORS, *assignments])
+    return pipeline.checkpoint_stage(dataset, run, Resources(), lambda step, metrics: None, pretraining)
+
+
+def pretrained(seed: int = 7, **model: object) -> Stage:
+    run = tiny_run(seed=seed)
+    return pipeline.initial_stage(run.model_copy(update={"model": run.model.model_copy(update=model)}))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "matters"),
+    [
+        ("sampling.alpha=0.5", False),
+        ("features.layer=last_block", False),
+        ("data.min_side=16", False),
+        ("target.subset_seed=1", False),  # the first images are the first images
+        ("eval.threshold=0.4", False),
+        ("target.fraction=0.5", True),
+        ("clicks.gamma=0.7", True),
+        ("augment.rotate_limit=4", True),
+        ("train.seed=1", True),
+        ("model.image_size=448", True),
+    ],
+)
+def test_what_decides_a_training_on_labels(labelled: Dataset, assignment: str, matters: bool) -> None:
+    one, other = checkpoint(labelled, *LABELS), checkpoint(labelled, *LABELS, assignment)
+    assert (one.fingerprint != other.fingerprint) == matters
+
+
+def test_labels_need_no_trees_and_masks_decide(labelled: Dataset) -> None:
+    half = (*LABELS, "target.fraction=0.5")
+    whole_before, half_before = checkpoint(labelled, *LABELS), checkpoint(labelled, *half)
+    assert whole_before.inputs == {}
+    assert checkpoint(labelled).inputs.keys() == {"trees"}
+    trees_before = checkpoint(labelled)
+    reordered = dataclasses.replace(labelled, samples=labelled.samples[::-1])
+    assert checkpoint(reordered, *half).fingerprint != half_before.fingerprint  # other images come first
+    Image.fromarray(np.zeros((224, 224), np.uint8)).save(labelled.root / "masks" / "003_1.png")
+    assert checkpoint(labelled, *LABELS).fingerprint != whole_before.fingerprint
+    assert checkpoint(labelled, *half).fingerprint == half_before.fingerprint  # it may not see that label
+    assert checkpoint(labelled).fingerprint == trees_before.fingerprint
+
+
+def test_random_images_depend_on_their_seed(labelled: Dataset) -> None:
+    random = (*LABELS, "target.fraction=0.5", "target.subset=random")
+    stages = [checkpoint(labelled, *random, f"target.subset_seed={seed}") for seed in (0, 0, 1)]
+    assert stages[0].fingerprint == stages[1].fingerprint != stages[2].fingerprint
+
+
+def test_an_unsupervised_training_keeps_its_address(labelled: Dataset) -> None:
+    """Models that were trained before there were labelled targets are still found."""
+    assert checkpoint(labelled).config.keys() == {"sampling", "clicks", "augment", "train", "model"}
+    assert checkpoint(labelled, "sampling.alpha=0.5").fingerprint != checkpoint(labelled).fingerprint
+
+
+def test_photos_alone_are_no_labels(labelled: Dataset) -> None:
+    photos = dataclasses.replace(labelled, is_labelled=False)
+    with pytest.raises(DataError, match=r"target\.source=labels needs object masks"):
+        checkpoint(photos, *LABELS)
+
+
+def test_a_pretraining_is_an_input_in_place_of_the_initial_weights(labelled: Dataset) -> None:
+    plain = checkpoint(labelled)
+    tuned = checkpoint(labelled, pretraining=pretrained())
+    assert tuned.inputs.keys() == {"trees", "pretraining"}
+    assert len({plain.fingerprint, tuned.fingerprint, checkpoint(labelled, pretraining=pretrained(8)).fingerprint}) == 3
+    weights = ("model.variant=vit_b", "model.init=mae", "model.init_weights=/not/there.pth")
+    with pytest.raises(DataError, match=r"cannot read model\.init_weights=/not/there\.pth"):
+        checkpoint(labelled, *LABELS, *weights)
+    stage = checkpoint(labelled, *LABELS, *weights, pretraining=pretrained(variant="vit_b"))
+    assert stage.inputs.keys() == {"pretraining"}
+    assert stage.config["model"] == {"variant": "vit_b", "image_size": 224}
+
+
+def test_another_variant_is_refused_before_its_pretraining(labelled: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"model\.variant=vit_xt cannot start from a pretraining of vit_b"):
+        checkpoint(labelled, *LABELS, pretraining=pretrained(variant="vit_b"))
+
+
+def test_titles_name_the_share_of_labels() -> None:
+    run = override(Run(), ["target.source=labels", "target.fraction=0.05", "train.smooth_weight=0"])
+    assert jobs.title(run) == "vit_b sbd 5% labels lambda 0"
+
+
+@pytest.mark.ray
+def test_fine_tuning_on_labels_starts_from_the_pretrained_weights(
+    ray_cluster: None, labelled: Dataset, tmp_path: Path
+) -> None:
+    """Two steps at a learning rate that moves nothing; then the model is still the pretrained one."""
+    settings = ("target.fraction=0.5", "train.batch_size=2", "train.max_steps=2", "train.learning_rate=1e-12")
+    run = override(tiny_run(loss="normalized_focal", smooth_weight=0), [*LABELS, *settings])
+    root, start = Storage(str(tmp_path / "root")), pretrained()
+    resources = Resources(log_every=1)
+    directory = jobs.train(labelled, run, resources, root, pretraining=start)
+    assert [step for step, _ in read_history(directory)] == [1, 2]
+    assert directory.local is not None
+    assert read_config(directory.local)["run"]["target"]["source"] == "labels"
+    begun = ensure(start, root).local
+    assert begun is not None
+    expected, found = load_model(begun).state_dict(), load_model(directory.local).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    unlike = initial_model(run).state_dict()
+    assert not torch.allclose(unlike["head.fusion_conv.conv.weight"], found["head.fusion_conv.conv.weight"])
+    assert not root.exists("trees")
+    assert jobs.train(labelled, run, resources, root, pretraining=start) == directory
