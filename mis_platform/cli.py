@@ -175,13 +175,12 @@ def run_sweep(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed."""
-    from mis_platform.comparison import render
-
     prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
     if dry_run:
         return _print_sweep(prepared)
     _writable(root)
     from mis_platform import sweep
+    from mis_platform.comparison import render
 
     comparison = sweep.run_sweep(prepared)
     typer.echo(render(comparison, "text"))
@@ -206,10 +205,10 @@ def report_experiment(
     assignments: SetOption = None,
 ) -> None:
     """The table of an experiment beside the paper's, from what is done so far; runs nothing."""
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
     from mis_platform import sweep
     from mis_platform.comparison import render
 
-    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
     typer.echo(render(sweep.compare_rows(prepared)[0], form))
 
 

@@ -214,10 +214,14 @@ def run_sweep(sweep: Sweep) -> Comparison:
                 failures |= _finish(sweep, missing)
         _write_failures(sweep, failures)
         for task in sweep.tasks:
-            if f"{task.row.name}/{task.seed}" not in failures:
+            reason = failures.get(f"{task.row.name}/{task.seed}")
+            if reason is None:
                 _record(sweep, task)
+            else:
+                _record_failure(sweep, task, reason)
         comparison, found = compare_rows(sweep)
         _record_report(sweep, comparison, found, parent)
+        _register_best(sweep, comparison, parent)
     return comparison
 
 
@@ -489,6 +493,12 @@ def _record(sweep: Sweep, task: Task) -> None:
     sweep.directory.write_bytes(marker, b"")
 
 
+def _record_failure(sweep: Sweep, task: Task, reason: str) -> None:
+    tracker = _scores_run(sweep, task)
+    tracker.set_tags({tracking.ERROR: reason[:500], "mis.row": task.row.name, "mis.profile": sweep.profile})
+    tracker.close("FAILED")
+
+
 def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
     if "clicks" in task.measure:
         return _child(sweep, task)
@@ -524,6 +534,25 @@ def _record_report(
     for name, text in texts.items():
         parent.log_text(text, name)
         sweep.directory.write_bytes(name, text.encode())
+
+
+MAE_LICENCE = "started from MAE weights, which are CC-BY-NC 4.0: no commercial use of this model"
+OWN_LICENCE = "trained from random weights on the photos of the run; only their licences matter"
+
+
+def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracker) -> None:
+    """The row with the least NoC@90 on its first benchmark becomes a version of the registered model `mis-NAME`."""
+    known = [cell for cell in comparison.cells if cell.metric == "noc90" and cell.mean is not None]
+    known = [cell for cell in known if cell.dataset == known[0].dataset]
+    if not known:
+        return
+    best = min(known, key=lambda cell: cell.mean if cell.mean is not None else float("inf"))
+    task = next(task for task in sweep.tasks if task.row.name == best.row)
+    model = task.training(sweep.resources).directory(sweep.root)
+    if model.local is not None:
+        side, starts = task.run.model.image_size, [task.run, *([task.row.pretraining] if task.row.pretraining else [])]
+        licence = MAE_LICENCE if starts[-1].model.init == "mae" else OWN_LICENCE
+        parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
 
 
 def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:

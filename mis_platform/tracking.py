@@ -8,12 +8,14 @@ disk and sent when it answers again.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -34,7 +36,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
 import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mis_platform.artifacts import git_commit
 from mis_platform.storage import TEMPORARY, Storage
@@ -47,6 +51,8 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 FINGERPRINT, MODEL, ERROR = "mis.fingerprint", "mis.model", "mis.error"
 PARENT = "mlflow.parentRunId"  # the UI shows runs with this tag below their parent
 ATTEMPT, OPENED = "mis.attempt", "mis.opened"  # how often the run was opened, and when last (milliseconds)
+DIGEST = "mis.sha256"  # of a registered model's weights
+MODEL_FILES = ("model.safetensors", "config.json")
 SECONDS_BETWEEN_FLUSHES = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds before a store that did not answer is asked again
 METRICS_IN_BATCH, PARAMS_IN_BATCH = 1000, 100  # limits of MLflow
@@ -272,6 +278,15 @@ class Tracker:
         """Where the run's checkpoint lies, for `find_model`."""
         self.set_tags({MODEL: directory.uri})
 
+    def register_model(self, directory: Storage, name: str, size: tuple[int, int], licence: str) -> None:
+        """Put a saved model into the model registry, once for each content.
+
+        directory: local, with model.safetensors and config.json. name: of the registered model, which gets a version.
+        size: (height, width) in pixels of its input, for the signature. licence: what a user has to know.
+        """
+        assert directory.local is not None, "only a local model can be uploaded"
+        self._add({"model": [name, str(directory.local), list(size), licence]})
+
     def flush(self) -> None:
         """Send all that waits; what the store does not take is kept on disk."""
         with self._guard:
@@ -375,6 +390,8 @@ class _Sender:
             self._log_dataset(self._run_id, *value)
         elif kind == "artifact":
             self._log_artifact(self._run_id, files, value)
+        elif kind == "model":
+            self._register(self._run_id, *value)
         else:
             assert kind == "status", kind
             self._client.set_terminated(self._run_id, value)
@@ -452,6 +469,36 @@ class _Sender:
             folder = os.path.dirname(path)
             self._client.log_artifact(run_id, str(file), folder or None)
             file.unlink()
+
+    def _register(self, run_id: str, name: str, directory: str, size: list[int], licence: str) -> None:
+        weights = Path(directory) / MODEL_FILES[0]
+        with open(weights, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        with contextlib.suppress(MlflowException):  # it is there already
+            self._client.create_registered_model(name)
+        if any(each.tags.get(DIGEST) == digest for each in self._client.search_model_versions(f"name = '{name}'")):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            for file in MODEL_FILES:
+                shutil.copy(Path(directory) / file, folder)
+            about = Model(artifact_path="model", run_id=run_id, signature=_signature(*size))
+            about.add_flavor("mis_platform", weights=MODEL_FILES[0], config=MODEL_FILES[1])
+            about.save(str(Path(folder) / "MLmodel"))
+            self._client.log_artifacts(run_id, folder, "model")
+        source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
+        tags = {DIGEST: digest, "licence": licence}
+        self._client.create_model_version(name, source, run_id, tags=tags)
+
+
+def _signature(height: int, width: int) -> ModelSignature:
+    """What goes into SimpleClick and comes out, batch first."""
+    kind = np.dtype(np.float32)
+    inputs: list[ColSpec | TensorSpec] = [
+        TensorSpec(kind, (-1, 3, height, width), "image"),
+        TensorSpec(kind, (-1, 1, height, width), "previous_mask"),
+        TensorSpec(kind, (-1, -1, 3), "points"),
+    ]
+    return ModelSignature(Schema(inputs), Schema([TensorSpec(kind, (-1, 1, height, width), "logits")]))
 
 
 class _Spool:

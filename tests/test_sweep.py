@@ -1,0 +1,226 @@
+"""Sweeps on a real Ray cluster and a real MLflow store: shared work, failures, going on after kills."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mis_platform import cli, sweep
+from mis_platform.config import Resources, Run
+from mis_platform.storage import Storage
+
+TINY = """
+'''Does it work?'''
+from mis_platform.config import Run
+from mis_platform.experiment import Experiment, Row, changed
+
+EXPERIMENT = Experiment(
+    question=__doc__,
+    source="Table 0",
+    default="good",
+    rows=(
+        Row("good", Run(), {"synthetic/noc90": 2.0}),
+        Row("twin", Run()),
+        Row("diverges", changed(Run(), **{"train.learning_rate": 1e30})),
+        Row("elsewhere", Run(), {"synthetic/noc90": 1.0}, quoted="paper, Table 0"),
+    ),
+)
+"""
+SHORT = ["train.max_steps=3", "eval.max_clicks=2"]
+
+
+@pytest.fixture
+def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "tiny.py").write_text(TINY)
+    monkeypatch.setenv("MIS_EXPERIMENTS", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def prepare(root: Path, **changes: object) -> sweep.Sweep:
+    words = {"profile": "smoke", "data_root": None, "resources": Resources(log_every=1), "assignments": SHORT}
+    return sweep.prepare("tiny", root=Storage(str(root)), **words | changes)  # type: ignore[arg-type]
+
+
+def rows_of(database: Path, query: str) -> list[tuple]:
+    with sqlite3.connect(database) as connection:
+        return connection.execute(query).fetchall()
+
+
+def test_identity_of_a_sweep(experiments: Path, tmp_path: Path) -> None:
+    first = prepare(tmp_path)
+    assert [task.name for task in first.tasks] == ["good", "twin", "diverges"]
+    assert first.fingerprint == prepare(tmp_path).fingerprint
+    assert first.fingerprint != prepare(tmp_path, seeds=2).fingerprint
+    assert first.fingerprint != prepare(tmp_path, assignments=["train.max_steps=4", "eval.max_clicks=2"]).fingerprint
+    assert first.fingerprint == prepare(tmp_path, resources=Resources(checkpoint_every=7)).fingerprint
+    assert [task.name for task in prepare(tmp_path, seeds=2, only=["twin"]).tasks] == ["twin", "twin seed 1"]
+    assert "2 training(s), about 12 images" in first.work(), "good and twin share one"
+
+
+def test_a_row_without_weights_or_data_is_refused_alone(experiments: Path, tmp_path: Path) -> None:
+    (experiments / "tiny.py").write_text(
+        TINY.replace('Row("twin", Run())', 'Row("twin", changed(Run(), **{"target.source": "labels"}))')
+    )
+    prepared = prepare(tmp_path)
+    assert [task.name for task in prepared.tasks] == ["good", "diverges"]
+    assert "needs object masks" in prepared.refused["twin", 0]
+
+
+def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: Path) -> None:
+    prepared = prepare(tmp_path, seeds=2)
+    groups = sweep._by_training(prepared.tasks, prepared.resources)
+    assert [[task.name for task in group] for group in groups] == [
+        *([f"good{seed}", f"twin{seed}"] for seed in ("", " seed 1")),
+        *([f"diverges{seed}"] for seed in ("", " seed 1")),
+    ]
+
+
+def test_seeds_leave_the_first_as_it_is() -> None:
+    assert sweep.seeded(Run(), 0) == Run()
+    assert sweep.seeded(Run(), 2).train.seed == 2
+
+
+def test_reasons_are_one_line_of_the_innermost_cause() -> None:
+    outer = RuntimeError("task failed")
+    outer.__cause__ = ValueError("the photo is gone\nfor ever")
+    assert sweep.reason_of(outer) == "the photo is gone"
+    assert sweep.reason_of(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.ray
+def test_a_sweep_with_a_failing_row(
+    experiments: Path, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One training serves two rows, one row fails alone, and a second run only repeats what failed."""
+    prepared = prepare(tmp_path)
+    comparison = sweep.run_sweep(prepared)
+    states = {line.name: line.state for line in comparison.lines}
+    assert states == {"good": "done", "twin": "done", "diverges": "failed", "elsewhere": "quoted"}
+    reason = next(line.reason for line in comparison.lines if line.name == "diverges")
+    assert "not finite at step" in reason
+    assert len(list((tmp_path / "checkpoint").glob("*/manifest.json"))) == 1
+    report = json.loads((Path(str(prepared.directory.local)) / "report.json").read_text())
+    assert report["source"] == "Table 0"
+    database = tmp_path / "mlflow.db"
+    names = (
+        "select r.name, t.value is not null from runs r left join tags t "
+        "on t.run_uuid = r.run_uuid and t.key = 'mlflow.parentRunId' order by 1"
+    )
+    # good and twin are one model under one protocol, hence one run: the sweep, that model, and the row that failed.
+    assert [is_child for _, is_child in rows_of(database, names)].count(1) == 2
+    assert ("tiny smoke", 0) in rows_of(database, names)
+    errors = rows_of(database, "select value from tags where key = 'mis.error'")
+    assert [reason] == [value for (value,) in errors]
+    assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
+    steps = rows_of(database, "select distinct step from metrics where key = 'train/loss' order by 1")
+    assert [step for (step,) in steps] == [1, 2, 3]
+    assert rows_of(database, "select count(*) from model_versions") == [(1,)]
+
+    before = len(list((tmp_path / "checkpoint").glob("*")))
+    sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
+    assert len(list((tmp_path / "checkpoint").glob("*"))) == before
+
+
+def test_what_a_sweep_would_do(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["run", "sweep", "tiny", "--profile", "smoke", "--root", str(tmp_path), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["mis", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("Does it work?", "quoted", "train.learning_rate=1e+30"):
+        assert words in text
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.ray
+def test_too_many_trials_are_refused_with_the_arithmetic(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resources\.trials=99 needs a CPU for each"):
+        sweep.run_sweep(prepare(tmp_path, resources=Resources(trials=99)))
+
+
+# -- kill -9 of everything, five times -------------------------------------------------------------------------------
+
+KILL_AFTER = ("trees: ", "sweep: 2 training", ": step 1", ": step 1", "1/2 trainings done")
+
+
+def start(root: Path) -> subprocess.Popen[str]:
+    words = ["run", "sweep", "ablation_alpha", "--profile", "smoke", "--root", str(root)]
+    words += ["--only", "alpha=0.9", "--only", "alpha=0.0", "--set", "resources.checkpoint_every=2"]
+    words += ["--set", "resources.log_every=1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mis_platform.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def kill_everything(child: subprocess.Popen[str]) -> None:
+    """The driver's process group, and every Ray process that has it for an ancestor."""
+    family, ahead = {child.pid}, True
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    while ahead:
+        found = {pid for pid, parent in parents.items() if parent in family} - family
+        family |= found
+        ahead = bool(found)
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    child.wait(timeout=30)
+
+
+def finish(child: subprocess.Popen[str]) -> None:
+    text, _ = child.communicate(timeout=900)
+    assert child.returncode == 0, text
+
+
+def table_of(root: Path) -> dict:
+    (path,) = (root / "sweeps" / "ablation_alpha-smoke").glob("*/report.json")
+    report = json.loads(path.read_text())
+    del report["about"]
+    return report
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_five_times_is_the_same_table(tmp_path: Path) -> None:
+    """Bounded: five kills and two whole runs take some ten minutes on two cores."""
+    for stage in KILL_AFTER:
+        with start(tmp_path / "killed") as child:
+            assert child.stdout is not None
+            began = time.monotonic()
+            for line in child.stdout:
+                if stage in line or time.monotonic() - began > 300:
+                    break
+            kill_everything(child)
+    finish(start(tmp_path / "killed"))
+    finish(start(tmp_path / "whole"))
+    assert table_of(tmp_path / "killed") == table_of(tmp_path / "whole")
+    database = tmp_path / "killed" / "mlflow.db"
+    parents = "select count(*) from tags where key = 'mlflow.parentRunId'"
+    assert rows_of(database, "select count(*) from runs") == [(3,)], "one parent, a child for each row"
+    assert rows_of(database, parents) == [(2,)]
+    assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
+    curve = "select step from metrics where key = 'train/loss' group by run_uuid, step"
+    assert sorted(step for (step,) in rows_of(database, curve)) == sorted([*range(1, 7)] * 2)
