@@ -9,7 +9,7 @@ parameter, the column of a sweep.
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -259,11 +259,20 @@ def override(settings: Any, assignments: Iterable[str]) -> Any:
 
     Raises ValueError that names the nearest right setting, or the allowed values.
     """
-    tree = settings.model_dump()
-    known = flatten(settings)
+    values: dict[str, Any] = {}
     for name, value in map(_parse_assignment, assignments):
-        if name not in known:
+        if name not in (known := flatten(settings)):
             raise ValueError(f"--set {name}: unknown setting {name!r}{nearest(name, known)}")
+        values[name] = value
+    return with_values(settings, values)
+
+
+def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
+    """`settings` with dotted names set to other values, validated. Raises ValueError as `override` does."""
+    tree, known = settings.model_dump(), flatten(settings)
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r}{nearest(name, known)}")
         *parents, leaf = name.split(".")
         branch = tree
         for parent in parents:

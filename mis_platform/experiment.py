@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mis_platform.config import Run, build, flatten, nearest, override
+from mis_platform.config import Run, flatten, nearest, override, with_values
 
 PAPER_PROFILE = "paper"  # the only profile whose numbers may be measured against the paper's
 Measure = Literal["clicks", "overlap"]
@@ -133,21 +133,8 @@ def vary(
 
 
 def changed(run: Run, **settings: Any) -> Run:
-    """`run` with dotted settings changed: changed(Run(), **{"sampling.alpha": 0.8}).
-
-    Raises ValueError that names the nearest right setting, or the allowed values.
-    """
-    tree = run.model_dump()
-    known = flatten(run)
-    for name, value in settings.items():
-        if name not in known:
-            raise ValueError(f"unknown setting {name!r}{nearest(name, known)}")
-        *parents, leaf = name.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch[parent]
-        branch[leaf] = value
-    result: Run = build(Run, tree)
+    """`run` with dotted settings changed: changed(Run(), **{"sampling.alpha": 0.8})."""
+    result: Run = with_values(run, settings)
     return result
 
 

@@ -11,9 +11,7 @@ import json
 import logging
 import os
 import queue
-import shutil
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -283,7 +281,7 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
     names = ", ".join(group[0].name for group in groups)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the reasons of failed trials are told in one line each
     print(f"sweep: {len(groups)} training(s) to do, {trials} at a time: {names}", file=sys.stderr, flush=True)
-    with _recorder(sweep, groups) as recorder, _tune_storage() as storage_path:
+    with _recorder(sweep, groups) as recorder, cluster.scratch("mis-ray-tune-") as storage_path:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_trial, groups=groups, root=sweep.root, resources=sweep.resources),
@@ -326,16 +324,6 @@ def _wait(function: Callable[[], Any]) -> Any:
     if failure:
         raise failure[0]
     return outcome[0]
-
-
-@contextlib.contextmanager
-def _tune_storage() -> Iterator[str]:
-    """A directory for what Tune writes; nothing in it is read again."""
-    path = tempfile.mkdtemp(prefix="mis-ray-tune-")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def reason_of(error: BaseException) -> str:

@@ -225,6 +225,7 @@ LAYOUTS: dict[str, Layout] = {
     "photos": replace(_FOLDER, folders=("photos",)),
     "synthetic": _FOLDER,
 }
+_MAY_BE_FLAT = ("folder", "photos")  # a folder of photos will do
 
 
 def open_dataset(spec: str, data_root: Path | None = None, split: Split = "train") -> Dataset:
@@ -274,7 +275,9 @@ def list_datasets(data_root: Path | None) -> list[Available]:
                 dataset = open_dataset(name, data_root, split)
                 lines.append(Available(name, split, dataset.root, len(dataset), ""))
             except DataError as error:
-                lines.append(Available(name, split, None, 0, str(error)))
+                wanted = f"{layout.folders[0]}/{layout.images}"
+                note = f"not there (wanted: {wanted})" if "there is no folder" in str(error) else str(error)
+                lines.append(Available(name, split, None, 0, note))
     return lines
 
 
@@ -301,8 +304,9 @@ def _locate(name: str, layout: Layout, given: Path | None, data_root: Path | Non
     for root in (candidate / inner for candidate in candidates for inner in layout.inner):
         if (root / layout.images).is_dir():
             return root, root / layout.images, root / layout.masks
-    if given is not None and name == "folder" and given.is_dir():
-        return given, given, given / layout.masks
+    flat = next((root for root in candidates if root.is_dir()), None)
+    if name in _MAY_BE_FLAT and flat is not None:
+        return flat, flat, flat / layout.masks
     searched = ", ".join(str(candidate / layout.images) for candidate in candidates)
     inside = f" (also inside {', '.join(layout.inner[1:])})" if layout.inner[1:] else ""
     hint = "" if given is not None else f"; put it there or say {name}:PATH"

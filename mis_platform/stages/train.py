@@ -9,9 +9,7 @@ import dataclasses
 import itertools
 import math
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -195,7 +193,7 @@ def _train_on_cluster(
     job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=here).remote()
-    with _ray_storage() as storage_path:
+    with cluster.scratch("mis-ray-train-") as storage_path:
         trainer = ray.train.torch.TorchTrainer(
             lambda: _work(job, channel),
             scaling_config=scaling,
@@ -258,16 +256,6 @@ def trials_at_once(resources: Resources) -> int:
     if trials > cpus:
         raise ValueError(f"resources.trials={trials} needs a CPU for each, the cluster has {cpus}")
     return trials
-
-
-@contextlib.contextmanager
-def _ray_storage() -> Iterator[str]:
-    """A directory for what Ray Train writes about a run. Nothing in it is read again: checkpoints are ours."""
-    path = tempfile.mkdtemp(prefix="mis-ray-train-")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Channel:
