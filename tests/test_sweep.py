@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from mis_platform import cli, sweep
 from mis_platform.config import Resources, Run
@@ -150,6 +151,22 @@ def test_too_many_trials_are_refused_with_the_arithmetic(experiments: Path, ray_
         sweep.run_sweep(prepare(tmp_path, resources=Resources(trials=99)))
 
 
+@pytest.mark.ray
+def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+    """No training has its first step within half a second: to the watchdog that is one that hangs."""
+    comparison = sweep.run_sweep(prepare(tmp_path, only=["good"], resources=Resources(trial_silence=0.5)))
+    (line,) = comparison.lines
+    assert line.state == "failed"
+    assert "no training step for 0.5 seconds" in line.reason
+    for _ in range(60):
+        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+            break
+        time.sleep(1)
+    assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "a placement group was left behind"
+    comparison = sweep.run_sweep(prepare(tmp_path, only=["good"]))
+    assert comparison.lines[0].state == "done", "the next attempt goes on"
+
+
 # -- kill -9 of everything, five times -------------------------------------------------------------------------------
 
 KILL_AFTER = ("trees: ", "sweep: 2 training", ": step 1", ": step 1", "1/2 trainings done")
@@ -204,8 +221,9 @@ def table_of(root: Path) -> dict:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_killed_five_times_is_the_same_table(tmp_path: Path) -> None:
-    """Bounded: five kills and two whole runs take some ten minutes on two cores."""
+    """Bounded: five kills and two whole runs take some fifteen minutes on two cores."""
     for stage in KILL_AFTER:
         with start(tmp_path / "killed") as child:
             assert child.stdout is not None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
@@ -463,3 +464,39 @@ def test_importing_it_turns_usage_reports_off() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_lies_under_its_sweep_also_when_opened_again(root: Storage) -> None:
+    for _ in range(2):
+        with (
+            tracking.open_run(root, **ABOUT) as sweep,
+            tracking.open_run(
+                root, **ABOUT | {"fingerprint": "row", "name": "row"}, parent=ABOUT["fingerprint"]
+            ) as row,
+        ):
+            pass
+        client = tracking.connect(root)
+        assert client.get_run(str(row.run_id)).data.tags[tracking.PARENT] == sweep.run_id
+        assert tracking.PARENT not in client.get_run(str(sweep.run_id)).data.tags
+
+
+def test_a_model_is_registered_once_for_each_content(root: Storage, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for weights in (b"first", b"first", b"second"):
+        (model / "model.safetensors").write_bytes(weights)
+        with tracking.open_run(root, **ABOUT) as tracker:
+            tracker.register_model(Storage(str(model)), "mis-test", (224, 448), "CC-BY-NC 4.0")
+    client = tracking.connect(root)
+    versions = client.search_model_versions("name = 'mis-test'")
+    assert sorted(int(version.version) for version in versions) == [1, 2]
+    assert {version.tags["licence"] for version in versions} == {"CC-BY-NC 4.0"}
+    about = Path(versions[0].source) / "MLmodel"
+    signature = Model.load(str(about)).signature
+    assert [each.name for each in signature.inputs.inputs] == ["image", "previous_mask", "points"]
+    assert signature.inputs.inputs[0].shape == (-1, 3, 224, 448)
+    assert (Path(versions[0].source) / "model.safetensors").exists()

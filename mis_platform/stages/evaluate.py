@@ -323,7 +323,8 @@ def _spread(
                 go_on(worker)
                 yield chunk, scored
             begun = _begun(worker for worker, _ in running.values())
-            progress.update(images + begun[0], f"{rows + begun[1]} {job.noun}")
+            seen = min(images + begun[0], progress.total - bool(running))  # a worker may not have begun its next chunk
+            progress.update(seen, f"{rows + begun[1]} {job.noun}")
     finally:
         for worker in workers:
             ray.kill(worker)

@@ -432,3 +432,10 @@ def test_coco_in_sbd_layout(real_data: Path) -> None:
     report = verify(val)
     assert (report.objects, report.problems, report.is_published_size) == (55, (), False)
     assert sum(len(train.read_objects(image_id)) for image_id in train.image_ids) == 174 - 55
+
+
+def test_a_flat_folder_of_photos_below_the_data_root(tmp_path: Path) -> None:
+    write_image(tmp_path / "photos" / "a.png")
+    assert len(open_dataset("photos", tmp_path)) == 1
+    missing = [line for line in list_datasets(tmp_path) if line.name == "berkeley"]
+    assert [line.note for line in missing] == ["not there (wanted: Berkeley/images)"]
