@@ -27,9 +27,11 @@ Direction = Literal["agrees", "opposite", "undecided", ""]
 
 FORMATS = ("text", "markdown", "html", "json")
 TARGETS = {"noc85": 0.85, "noc90": 0.90}  # IoU
+AFTER = {"iou5": 5}  # clicks; tells models apart that never reach a target
 TITLES = {
     "noc85": "NoC@85, clicks (fewer is better)",
     "noc90": "NoC@90, clicks (fewer is better)",
+    "iou5": "IoU after 5 clicks (more is better)",
     "overlap": "mean best overlap, IoU (more is better)",
 }
 CONFIDENCE = 0.95
@@ -172,13 +174,24 @@ def per_object(outcomes: Sequence[Outcome], dataset: str, metric: str) -> np.nda
         tables = outcome.overlaps if metric == "overlap" else outcome.ious
         if outcome.state == "done" and dataset in tables:
             table = np.asarray(tables[dataset])
-            values.append(table.astype(np.float64) if metric == "overlap" else clicks_to_reach(table, TARGETS[metric]))
+            values.append(_measured(table, metric))
     if len({len(each) for each in values}) > 1:
         counts = ", ".join(str(len(each)) for each in values)
         raise ValueError(
             f"the seeds of {outcomes[0].row.name} have different numbers of objects on {dataset}: {counts}"
         )
     return np.stack(values) if values else np.empty((0, 0))
+
+
+def _measured(table: np.ndarray, metric: str) -> np.ndarray:
+    """float64 [objects] of one table of IoUs or overlaps. A session that stopped at its target keeps its last IoU."""
+    if metric == "overlap":
+        return table.astype(np.float64)
+    if metric in TARGETS:
+        return clicks_to_reach(table, TARGETS[metric])
+    made = np.isfinite(table[:, : AFTER[metric]]).sum(axis=1)
+    after = table[np.arange(len(table)), made - 1].astype(np.float64)
+    return after if table.shape[1] >= AFTER[metric] else np.full(len(table), np.nan)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -218,7 +231,7 @@ def _columns(experiment: Experiment, profile: str, outcomes: Sequence[Outcome]) 
     """
     done = [outcome for outcome in outcomes if outcome.state == "done"]
     clicked = [dataset for outcome in done for dataset in outcome.ious]
-    columns = [(dataset, metric) for dataset in dict.fromkeys(clicked) for metric in TARGETS]
+    columns = [(dataset, metric) for dataset in dict.fromkeys(clicked) for metric in (*TARGETS, *AFTER)]
     columns += [(dataset, "overlap") for dataset in dict.fromkeys(name for each in done for name in each.overlaps)]
     if profile == PAPER_PROFILE or not columns:
         keys = (key.rpartition("/") for row in experiment.rows for key in row.paper)
@@ -469,7 +482,7 @@ def _head(comparison: Comparison) -> list[str]:
 
 
 def _texts(comparison: Comparison, cell: Cell) -> list[str]:
-    digits = 3 if cell.metric == "overlap" else 2
+    digits = 2 if cell.metric in TARGETS else 3
     ours = _number(cell.mean, digits) or ("-" if cell.state == "done" else str(cell.state))
     if cell.std is not None:
         ours += f" +- {cell.std:.{digits}f}"

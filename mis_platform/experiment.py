@@ -170,7 +170,7 @@ PROFILES: dict[str, dict[str, str]] = {
         "eval.zoom_size": "224",
         "eval.davis_zoom_size": "224",
         "train.batch_size": "4",
-        "train.learning_rate": "3e-4",
+        "train.learning_rate": "5e-4",
         "train.epochs": "24",
         "train.decay_epochs": "[20]",
         "train.smooth_weight": "1",
