@@ -122,7 +122,7 @@ class Sweep:
         return fingerprint({"sweep": self.name, "profile": self.profile, "rows": rows, "seeds": self.seeds})
 
     def work(self) -> str:
-        """One line on what is left: trainings and their images, and what the last one took, if there was one."""
+        """One line on what is left: trainings, those that several rows share once, and their images."""
         left: dict[str, Task] = {}
         for task in self.tasks:
             if "clicks" in task.measure:
@@ -212,7 +212,7 @@ def run_sweep(sweep: Sweep) -> Comparison:
                 failures |= _finish(sweep, missing)
         _write_failures(sweep, failures)
         for task in sweep.tasks:
-            reason = failures.get(f"{task.row.name}/{task.seed}")
+            reason = failures.get(_key(task))
             if reason is None:
                 _record(sweep, task)
             else:
@@ -233,13 +233,23 @@ def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
             if stage.fingerprint not in shared:
                 shared[stage.fingerprint] = _attempt(stage, sweep.root)
             if shared[stage.fingerprint]:
-                failures[f"{task.row.name}/{task.seed}"] = f"{stage.name}: {shared[stage.fingerprint]}"
-    able = [task for task in tasks if f"{task.row.name}/{task.seed}" not in failures and "clicks" in task.measure]
-    pretrainings = _by_training(
-        (_as_pretraining(task) for task in able if task.row.pretraining is not None), sweep.resources
-    )
-    failed_before = _fan_out(sweep, pretrainings) if pretrainings else {}
-    return failures | _fan_out(sweep, _by_training(able, sweep.resources)) | failed_before
+                failures[_key(task)] = f"{stage.name}: {shared[stage.fingerprint]}"
+    able = [task for task in tasks if _key(task) not in failures and "clicks" in task.measure]
+    failures |= _pretrain(sweep, [task for task in able if task.row.pretraining is not None])
+    able = [task for task in able if _key(task) not in failures]
+    return failures | _fan_out(sweep, _by_training(able, sweep.resources))
+
+
+def _pretrain(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
+    """What rows start from is trained before them, once. Returns "row/seed" -> why a row has nothing to start from."""
+    groups = _by_training(map(_as_pretraining, tasks), sweep.resources)
+    failed = _fan_out(sweep, [group for group in groups if not group[0].training(sweep.resources).is_done(sweep.root)])
+    before = {_key(task): _key(_as_pretraining(task)) for task in tasks}
+    return {key: f"pretraining: {failed[needed]}" for key, needed in before.items() if needed in failed}
+
+
+def _key(task: Task) -> str:
+    return f"{task.row.name}/{task.seed}"
 
 
 def _shared(task: Task, resources: Resources) -> list[Stage]:
@@ -302,7 +312,7 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
     for result in results:
         if result.error is not None:
             reason = reason_of(result.error)
-            failures |= {f"{task.row.name}/{task.seed}": reason for task in groups[result.config["group"]]}
+            failures |= {_key(task): reason for task in groups[result.config["group"]]}
     return failures
 
 

@@ -131,6 +131,23 @@ def test_a_sweep_with_a_failing_row(
     assert len(list((tmp_path / "checkpoint").glob("*"))) == before
 
 
+def test_rows_whose_pretraining_failed_do_not_start(
+    experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', 'Row("twin", Run(), pretraining=Run())'))
+    prepared = prepare(tmp_path)
+    asked = []
+
+    def fail(_: sweep.Sweep, groups: list[list[sweep.Task]]) -> dict[str, str]:
+        asked.append([task.name for group in groups for task in group])
+        return {f"{task.row.name}/{task.seed}": "no memory" for group in groups for task in group}
+
+    monkeypatch.setattr(sweep, "_fan_out", fail)
+    failures = sweep._pretrain(prepared, [task for task in prepared.tasks if task.row.pretraining is not None])
+    assert asked == [["pretraining of twin"]]
+    assert failures == {"twin/0": "pretraining: no memory"}
+
+
 def test_what_a_sweep_would_do(
     experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
