@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import sys
 import threading
 import time
@@ -31,14 +30,14 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
 from mis_platform.artifacts import Stage, ensure, read_manifest, versions, walk
 from mis_platform.comparison import Comparison, Outcome, compare, render
-from mis_platform.config import Resources, Run, fingerprint, override, plain
+from mis_platform.config import Resources, fingerprint, plain
 from mis_platform.data import synthetic
-from mis_platform.data.benchmarks import Dataset
 from mis_platform.evaluation.noc import iou_table
 from mis_platform.experiment import Experiment, Row, load_experiment
 from mis_platform.stages import cluster, train
 from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
+from mis_platform.trial import Task, run_trial
 
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
@@ -52,55 +51,6 @@ CURVES = ("loss", "loss_mask", "loss_smooth", "iou", "gradient_norm", "learning_
 
 
 # -- what is to be done ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """One row with one seed."""
-
-    row: Row
-    seed: int
-    photos: Dataset
-    benchmarks: tuple[Dataset, ...]
-    measure: tuple[str, ...]
-
-    @property
-    def run(self) -> Run:
-        return seeded(self.row.run, self.seed)
-
-    @property
-    def name(self) -> str:
-        return self.row.name if self.seed == 0 else f"{self.row.name} seed {self.seed}"
-
-    def pretraining(self, resources: Resources) -> Stage | None:
-        run = self.row.pretraining
-        if run is None:
-            return None
-        return pipeline.checkpoint_stage(self.photos, seeded(run, self.seed), resources, lambda step, metrics: None)
-
-    def training(self, resources: Resources, on_metrics: pipeline.OnMetrics = lambda step, metrics: None) -> Stage:
-        return pipeline.checkpoint_stage(self.photos, self.run, resources, on_metrics, self.pretraining(resources))
-
-    def clicks(self, model: Storage, resources: Resources) -> list[Stage]:
-        return [pipeline.clicks_stage(each, self.run, resources, model) for each in self.benchmarks]
-
-    def overlaps(self, resources: Resources) -> list[Stage]:
-        return [pipeline.overlap_stage(each, self.run, resources) for each in self.benchmarks]
-
-    def is_done(self, root: Storage, resources: Resources) -> bool:
-        stages = self.overlaps(resources) if "overlap" in self.measure else []
-        if "clicks" in self.measure:
-            training = self.training(resources)
-            if not training.is_done(root):
-                return False
-            stages = stages + self.clicks(training.directory(root), resources)
-        return all(stage.is_done(root) for stage in stages)
-
-    def fingerprint(self, resources: Resources) -> str:
-        """That of the MLflow run: the model and the protocol it is scored under."""
-        if "clicks" not in self.measure:
-            return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
-        return fingerprint({"model": self.training(resources).fingerprint, "eval": plain(self.run.eval)})
 
 
 @dataclass(frozen=True)
@@ -186,12 +136,6 @@ def _spec(spec: str, root: Storage, data_root: Path | None = None) -> str:
 def _images(task: Task) -> int:
     """Images that a training sees; photos that may be refused count."""
     return Schedule(len(task.photos), task.run.train).total_steps * task.run.train.batch_size
-
-
-def seeded(run: Run, seed: int) -> Run:
-    """`run` with its training seed moved on by `seed`; 0 leaves it as it is."""
-    changed: Run = override(run, [f"train.seed={run.train.seed + seed}"]) if seed else run
-    return changed
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
@@ -294,7 +238,7 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
     with _recorder(sweep, groups) as recorder, cluster.scratch("mis-ray-tune-") as storage_path:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trial, groups=groups, root=sweep.root, resources=sweep.resources),
+                tune.with_parameters(run_trial, groups=groups, root=sweep.root, resources=sweep.resources),
                 {"CPU": DRIVER_CPU},
             ),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
@@ -344,53 +288,6 @@ def reason_of(error: BaseException) -> str:
     lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
     text = lines[-1] if lines and lines[0].startswith("ray::") else (lines[0] if lines else "")
     return text if isinstance(cause, ValueError) else f"{type(cause).__name__}: {text}".rstrip(": ")
-
-
-# -- a trial, in a process of its own --------------------------------------------------------------------------------
-
-
-def _trial(config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources) -> None:
-    """Train once and score every row of the group.
-
-    The work is done in a thread, so that a training without a sign of life for resources.trial_silence seconds ends
-    as a failed row instead of holding the sweep up for ever.
-    """
-    tasks = groups[config["group"]]
-    signs: queue.Queue[tuple[str, Any]] = queue.Queue()
-    threading.Thread(target=_work, args=(tasks, root, resources, signs), daemon=True).start()
-    is_training = True
-    while True:
-        try:
-            kind, value = signs.get(timeout=resources.trial_silence if is_training else None)
-        except queue.Empty:
-            raise TimeoutError(
-                f"no training step for {resources.trial_silence:g} seconds (resources.trial_silence)"
-            ) from None
-        if kind == "metrics":
-            tune.report(value)
-        elif kind == "trained":
-            is_training = False
-        elif kind == "failed":
-            raise value
-        else:
-            return
-
-
-def _work(
-    tasks: Sequence[Task], root: Storage, resources: Resources, signs: "queue.Queue[tuple[str, Any]]"
-) -> None:  # fmt: skip
-    def report_step(step: int, metrics: dict[str, float]) -> None:
-        signs.put(("metrics", {"step": step, **metrics}))
-
-    try:
-        directory = ensure(tasks[0].training(resources, report_step), root)
-        signs.put(("trained", None))
-        for task in tasks:
-            for stage in task.clicks(directory, resources):
-                ensure(stage, root)
-        signs.put(("done", None))
-    except BaseException as error:
-        signs.put(("failed", error))
 
 
 # -- the record ------------------------------------------------------------------------------------------------------

@@ -45,8 +45,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "sweep.py": (
         {"ray"},
         {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
-        | {"pipeline", "report", "stages", "storage", "tracking"},
+        | {"pipeline", "report", "stages", "storage", "tracking", "trial"},
     ),
+    "trial.py": ({"ray"}, {"artifacts", "config", "data", "experiment", "pipeline", "storage"}),
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},

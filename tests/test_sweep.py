@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from mis_platform import cli, sweep
+from mis_platform import cli, sweep, trial
 from mis_platform.config import Resources, Run
 from mis_platform.storage import Storage
 
@@ -86,8 +86,8 @@ def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: P
 
 
 def test_seeds_leave_the_first_as_it_is() -> None:
-    assert sweep.seeded(Run(), 0) == Run()
-    assert sweep.seeded(Run(), 2).train.seed == 2
+    assert trial.seeded(Run(), 0) == Run()
+    assert trial.seeded(Run(), 2).train.seed == 2
 
 
 def test_reasons_are_one_line_of_the_innermost_cause() -> None:
@@ -138,7 +138,7 @@ def test_rows_whose_pretraining_failed_do_not_start(
     prepared = prepare(tmp_path)
     asked = []
 
-    def fail(_: sweep.Sweep, groups: list[list[sweep.Task]]) -> dict[str, str]:
+    def fail(_: sweep.Sweep, groups: list[list[trial.Task]]) -> dict[str, str]:
         asked.append([task.name for group in groups for task in group])
         return {f"{task.row.name}/{task.seed}": "no memory" for group in groups for task in group}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
 LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
 

@@ -290,7 +290,7 @@ def _score(
 
 def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
     count = resources.eval_workers or gpus or cluster.cpus()
-    options: Row = {"num_cpus": min(1.0, cluster.cpus() / count)}
+    options: Row = {"num_cpus": min(1.0, cluster.CPU_SHARE * cluster.cpus() / count)}
     if gpus:
         options["num_gpus"] = min(1.0, gpus / count)
     options["scheduling_strategy"] = "DEFAULT"  # in a sweep: not within what is reserved for the trial's own process
@@ -304,6 +304,9 @@ def _spread(
     """Each chunk with what a worker found, as they are finished."""
     waiting, shared = deque(chunks), ray.put(job)
     running: dict[Any, tuple[Any, Sequence[str]]] = {}
+    # A chunk goes to a worker that is alive: others on the cluster may hold the CPUs that a second one waits for, and
+    # two evaluations that share it would wait for each other for ever.
+    starting = {worker.progress.remote(): worker for worker in workers}
     images, rows = progress.start, 0
 
     def go_on(worker: Any) -> None:
@@ -312,18 +315,20 @@ def _spread(
             running[worker.score.remote(shared, chunk)] = worker, chunk
 
     try:
-        for worker in workers:
-            go_on(worker)
-        while running:
-            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+        while running or waiting:
+            ready, _ = ray.wait([*running, *starting], timeout=POLL_SECONDS)
             for reference in ready:
+                if reference in starting:
+                    go_on(starting.pop(reference))
+                    continue
                 worker, chunk = running.pop(reference)
                 scored = _result(reference)
                 images, rows = images + len(chunk), rows + len(scored.rows)
                 go_on(worker)
                 yield chunk, scored
             begun = _begun(worker for worker, _ in running.values())
-            seen = min(images + begun[0], progress.total - bool(running))  # a worker may not have begun its next chunk
+            # A worker may not have begun its next chunk yet.
+            seen = min(images + begun[0], progress.total - bool(running or waiting))
             progress.update(seen, f"{rows + begun[1]} {job.noun}")
     finally:
         for worker in workers:

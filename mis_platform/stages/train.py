@@ -62,7 +62,6 @@ VERSION = 1
 EXAMPLES_PER_TASK = 8
 PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which may wait finished for a worker
 STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap
-CLUSTER_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
 MIN_WORKER_CPU = 0.1
 COLLECTIVE_TIMEOUT = 600  # seconds that workers wait for each other; a checkpoint on a slow store takes minutes
 STOP_SECONDS = 15.0  # that Ctrl-C leaves the workers for a last checkpoint
@@ -222,12 +221,12 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
             "use fewer workers or resources.use_gpu=false"
         )
     cpus = max(1, cpus // trials_at_once(resources))  # what this training may call its own
-    reserved = min(1.0, math.floor(100 * CLUSTER_SHARE * cpus / workers) / 100)
+    reserved = min(1.0, math.floor(100 * cluster.CPU_SHARE * cpus / workers) / 100)
     if reserved < MIN_WORKER_CPU:
         raise ValueError(
             f"resources.num_workers={workers} needs at least {workers} x {MIN_WORKER_CPU} = "
-            f"{workers * MIN_WORKER_CPU:g} CPUs, training may reserve {CLUSTER_SHARE:.0%} of the cluster's {cpus}, "
-            f"which is {CLUSTER_SHARE * cpus:g}; use at most {int(CLUSTER_SHARE * cpus / MIN_WORKER_CPU)} workers"
+            f"{workers * MIN_WORKER_CPU:g} CPUs, training may reserve {cluster.CPU_SHARE:.0%} of the cluster's {cpus}, "
+            f"which is {cluster.CPU_SHARE * cpus:g}; at most {int(cluster.CPU_SHARE * cpus / MIN_WORKER_CPU)} workers"
         )
     loaders = resources.loaders or (max(1, cpus - workers) if use_gpu else cpus // 2)
     per_worker = {"CPU": reserved, "GPU": 1} if use_gpu else {"CPU": reserved}

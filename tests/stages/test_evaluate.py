@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -363,3 +364,27 @@ def test_a_benchmark_of_empty_masks_has_no_score(
 def test_a_directory_without_a_model_is_refused(benchmark: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^\S+ holds no model: config.json is missing$"):
         job_of(benchmark, Storage(str(tmp_path))).score(benchmark.image_ids, silent)
+
+
+@pytest.mark.ray
+def test_a_worker_that_cannot_be_placed_is_not_waited_for(
+    benchmark: Dataset, trees: Storage, tmp_path: Path, ray_cluster: None
+) -> None:
+    """Somebody else holds half of the CPUs for ever; the chunks go to the workers that there is room for."""
+
+    class Holder:
+        def here(self) -> bool:
+            return True
+
+    cpus = int(ray.cluster_resources()["CPU"])
+    if cpus < 2:
+        pytest.skip("needs two CPUs: one to be held, one to work")
+    holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(max(1, cpus // 2))]
+    try:
+        assert ray.get([holder.here.remote() for holder in holders], timeout=60)
+        job = stage.Overlapping(stage._absolute(benchmark), trees)
+        found = stage._score(job, 1, Resources(eval_workers=cpus), 0, Storage(str(tmp_path / "out")))
+        assert len(found) == len(benchmark)
+    finally:
+        for holder in holders:
+            ray.kill(holder)

@@ -1,0 +1,118 @@
+"""One row of a sweep with one seed, and the Ray Tune trial that works it off in a process of its own.
+
+That process imports this module, and so neither MLflow nor matplotlib: starting it is most of what a short trial takes.
+"""
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+
+from mis_platform import pipeline
+from mis_platform.artifacts import Stage, ensure
+from mis_platform.config import Resources, Run, fingerprint, override, plain
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.experiment import Row
+from mis_platform.storage import Storage
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+    photos: Dataset
+    benchmarks: tuple[Dataset, ...]
+    measure: tuple[str, ...]
+
+    @property
+    def run(self) -> Run:
+        return seeded(self.row.run, self.seed)
+
+    @property
+    def name(self) -> str:
+        return self.row.name if self.seed == 0 else f"{self.row.name} seed {self.seed}"
+
+    def pretraining(self, resources: Resources) -> Stage | None:
+        run = self.row.pretraining
+        if run is None:
+            return None
+        return pipeline.checkpoint_stage(self.photos, seeded(run, self.seed), resources, lambda step, metrics: None)
+
+    def training(self, resources: Resources, on_metrics: pipeline.OnMetrics = lambda step, metrics: None) -> Stage:
+        return pipeline.checkpoint_stage(self.photos, self.run, resources, on_metrics, self.pretraining(resources))
+
+    def clicks(self, model: Storage, resources: Resources) -> list[Stage]:
+        return [pipeline.clicks_stage(each, self.run, resources, model) for each in self.benchmarks]
+
+    def overlaps(self, resources: Resources) -> list[Stage]:
+        return [pipeline.overlap_stage(each, self.run, resources) for each in self.benchmarks]
+
+    def is_done(self, root: Storage, resources: Resources) -> bool:
+        stages = self.overlaps(resources) if "overlap" in self.measure else []
+        if "clicks" in self.measure:
+            training = self.training(resources)
+            if not training.is_done(root):
+                return False
+            stages = stages + self.clicks(training.directory(root), resources)
+        return all(stage.is_done(root) for stage in stages)
+
+    def fingerprint(self, resources: Resources) -> str:
+        """That of the MLflow run: the model and the protocol it is scored under."""
+        if "clicks" not in self.measure:
+            return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
+        return fingerprint({"model": self.training(resources).fingerprint, "eval": plain(self.run.eval)})
+
+
+def seeded(run: Run, seed: int) -> Run:
+    """`run` with its training seed moved on by `seed`; 0 leaves it as it is."""
+    changed: Run = override(run, [f"train.seed={run.train.seed + seed}"]) if seed else run
+    return changed
+
+
+def run_trial(config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources) -> None:
+    """Train once and score every row of the group.
+
+    The work is done in a thread, so that a training without a sign of life for resources.trial_silence seconds ends
+    as a failed row instead of holding the sweep up for ever.
+    """
+    tasks = groups[config["group"]]
+    signs: queue.Queue[tuple[str, Any]] = queue.Queue()
+    threading.Thread(target=_work, args=(tasks, root, resources, signs), daemon=True).start()
+    is_training = True
+    while True:
+        try:
+            kind, value = signs.get(timeout=resources.trial_silence if is_training else None)
+        except queue.Empty:
+            raise TimeoutError(
+                f"no training step for {resources.trial_silence:g} seconds (resources.trial_silence)"
+            ) from None
+        if kind == "metrics":
+            tune.report(value)
+        elif kind == "trained":
+            is_training = False
+        elif kind == "failed":
+            raise value
+        else:
+            return
+
+
+def _work(
+    tasks: Sequence[Task], root: Storage, resources: Resources, signs: "queue.Queue[tuple[str, Any]]"
+) -> None:  # fmt: skip
+    def report_step(step: int, metrics: dict[str, float]) -> None:
+        signs.put(("metrics", {"step": step, **metrics}))
+
+    try:
+        directory = ensure(tasks[0].training(resources, report_step), root)
+        signs.put(("trained", None))
+        for task in tasks:
+            for stage in task.clicks(directory, resources):
+                ensure(stage, root)
+        signs.put(("done", None))
+    except BaseException as error:
+        signs.put(("failed", error))
