@@ -220,8 +220,11 @@ def list_experiments(folder: Path | None = None) -> dict[str, Path]:
 
 
 def question_of(file: Path) -> str:
-    """First line of the docstring of an experiment's file, without running it."""
-    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf8"))) or "").partition("\n")[0]
+    """First line of the docstring of an experiment's file, without running it; what is wrong with a broken file."""
+    try:
+        return (ast.get_docstring(ast.parse(file.read_text(encoding="utf8"))) or "").partition("\n")[0]
+    except (SyntaxError, ValueError, OSError) as error:
+        return f"(broken: {error})"
 
 
 def load_experiment(name: str, folder: Path | None = None) -> Experiment:
@@ -233,7 +236,10 @@ def load_experiment(name: str, folder: Path | None = None) -> Experiment:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{files[name]} cannot be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, "EXPERIMENT", None)
     if not isinstance(found, Experiment):
         raise ValueError(f"{files[name]} has no EXPERIMENT = Experiment(...)")

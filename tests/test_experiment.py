@@ -281,3 +281,12 @@ def test_unreported_numbers_are_left_out() -> None:
         **{"grabcut/noc85": 1, "grabcut/noc90": 2, "sbd/noc85": 3},
         **{"davis/noc85": 4, "davis/noc90": 5},
     }
+
+
+def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "zero.py").write_text("EXPERIMENT = 1 / 0")
+    (tmp_path / "torn.py").write_text("def (")
+    for name, reason in (("zero", "ZeroDivisionError"), ("torn", "SyntaxError")):
+        with pytest.raises(ValueError, match=reason):
+            load_experiment(name, tmp_path)
+    assert question_of(tmp_path / "torn.py").startswith("(broken")
