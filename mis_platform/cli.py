@@ -315,7 +315,7 @@ def _sweep(
     wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
     deciding = [text for text in given if not text.startswith("resources.")]
     resources = override(Resources(), wide)
-    load_experiment(name).with_profile(profile).select(only or []).with_settings(deciding)
+    load_experiment(name).with_profile(profile).with_settings(deciding).select(only or [])
     from mis_platform import sweep
 
     return sweep.prepare(

@@ -102,7 +102,7 @@ def prepare(
 
     Raises ValueError for unknown names and settings.
     """
-    experiment = load_experiment(name).with_profile(profile).select(only).with_settings(assignments)
+    experiment = load_experiment(name).with_profile(profile).with_settings(assignments).select(only)
     tasks, refused = [], {}
     for row in experiment.rows:
         for seed in range(0 if row.quoted else seeds):
@@ -125,7 +125,8 @@ def _task(row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_roo
 
 def _spec(spec: str, root: Storage, data_root: Path | None = None) -> str:
     """`spec`, or the folder below the root with what a profile calls "wheels" and "synthetic"; made when missing."""
-    if spec not in (WHEEL_PHOTOS, WHEEL_BENCHMARK) or (spec == WHEEL_BENCHMARK and data_root is not None):
+    is_there = spec == WHEEL_BENCHMARK and data_root is not None and (data_root / spec / "images").is_dir()
+    if spec not in (WHEEL_PHOTOS, WHEEL_BENCHMARK) or is_there:
         return spec
     if root.local is None:
         raise ValueError(f"data set {spec!r} is made below a local root; {root} is none: name a data set of your own")
@@ -153,7 +154,10 @@ def run_sweep(sweep: Sweep) -> Comparison:
     with _parent(sweep) as parent:
         if missing:
             with cluster.cluster():
-                failures |= _finish(sweep, missing)
+                failed = _finish(sweep, missing)
+            # Rows of one trial fail together; one that had finished before is not lost.
+            done = {_key(task) for task in missing if task.is_done(root, resources)}
+            failures |= {key: reason for key, reason in failed.items() if key not in done}
         _write_failures(sweep, failures)
         for task in sweep.tasks:
             reason = failures.get(_key(task))
@@ -442,7 +446,8 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
     if not known:
         return
     best = min(known, key=lambda cell: cell.mean if cell.mean is not None else float("inf"))
-    task = next(task for task in sweep.tasks if task.row.name == best.row)
+    done = (task for task in sweep.tasks if task.is_done(sweep.root, sweep.resources))
+    task = next(task for task in done if task.row.name == best.row)
     model = task.training(sweep.resources).directory(sweep.root)
     if model.local is not None:
         side, starts = task.run.model.image_size, [task.run, *([task.row.pretraining] if task.row.pretraining else [])]

@@ -76,6 +76,16 @@ def test_a_row_without_weights_or_data_is_refused_alone(experiments: Path, tmp_p
     assert "needs object masks" in prepared.refused["twin", 0]
 
 
+def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Path, tmp_path: Path) -> None:
+    """The row would keep its name and the paper's number, and be another run."""
+    with pytest.raises(ValueError, match="what the rows differ in"):
+        prepare(tmp_path, only=["good"], assignments=["train.learning_rate=1"])
+
+
+def test_smoke_brings_its_own_benchmark_also_with_a_data_root(experiments: Path, tmp_path: Path) -> None:
+    assert prepare(tmp_path, data_root=tmp_path / "data").refused == {}
+
+
 def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: Path) -> None:
     prepared = prepare(tmp_path, seeds=2)
     groups = sweep._by_training(prepared.tasks, prepared.resources)
