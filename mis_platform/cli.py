@@ -308,12 +308,10 @@ def _sweep(
     assignments: list[str] | None,
 ) -> "Sweep":
     """What the words of a command line mean; typing errors are told before anything heavy is imported."""
-    from mis_platform.config import Resources, override
+    from mis_platform.config import Resources, override, split_resources
     from mis_platform.experiment import load_experiment
 
-    given = list(assignments or [])
-    wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
-    deciding = [text for text in given if not text.startswith("resources.")]
+    deciding, wide = split_resources(assignments or [])
     resources = override(Resources(), wide)
     load_experiment(name).with_profile(profile).with_settings(deciding).select(only or [])
     from mis_platform import sweep
@@ -358,11 +356,9 @@ def _state(task: Any, prepared: "Sweep") -> str:
 
 def _settings(assignments: list[str] | None, **named: Any) -> "tuple[Run, Resources]":
     """Run and Resources with the command line's changes; `resources.*` names go to the latter."""
-    from mis_platform.config import Resources, Run, override
+    from mis_platform.config import Resources, Run, override, split_resources
 
-    given = list(assignments or [])
-    wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
-    deciding = [text for text in given if not text.startswith("resources.")]
+    deciding, wide = split_resources(assignments or [])
     deciding += [f"{name}={value}" for name, value in named.items() if value is not None]
     return override(Run(), deciding), override(Resources(), wide)
 

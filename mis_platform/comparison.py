@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mis_platform.config import differences, plain
-from mis_platform.evaluation.noc import clicks_to_reach
+from mis_platform.evaluation.noc import bootstrap_interval, clicks_to_reach, keep_last
 from mis_platform.experiment import PAPER_PROFILE, Experiment, Row
 from mis_platform.report import PAPER, markdown_table, plain_table
 
@@ -34,9 +34,6 @@ TITLES = {
     "iou5": "IoU after 5 clicks (more is better)",
     "overlap": "mean best overlap, IoU (more is better)",
 }
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
-CHUNK = 2_000_000  # drawn objects held at once
 SLACK = 1e-9  # clicks; a difference of exactly the tolerance passes whatever its rounding
 
 
@@ -189,24 +186,14 @@ def _measured(table: np.ndarray, metric: str) -> np.ndarray:
         return table.astype(np.float64)
     if metric in TARGETS:
         return clicks_to_reach(table, TARGETS[metric])
-    made = np.isfinite(table[:, : AFTER[metric]]).sum(axis=1)
-    after = table[np.arange(len(table)), made - 1].astype(np.float64)
-    return after if table.shape[1] >= AFTER[metric] else np.full(len(table), np.nan)
+    if table.shape[1] < AFTER[metric]:
+        return np.full(len(table), np.nan)
+    return keep_last(table)[:, AFTER[metric] - 1].astype(np.float64)
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, float64 [objects], when objects are drawn anew.
-
-    The values of differences between two rows on the same objects make it the paired bootstrap.
-    """
-    rng = np.random.default_rng(seed)
-    size = max(1, CHUNK // len(values))
-    means = [
-        values[rng.integers(len(values), size=(min(size, RESAMPLES - start), len(values)), dtype=np.int32)].mean(axis=1)
-        for start in range(0, RESAMPLES, size)
-    ]
-    low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def _bootstrapped(values: np.ndarray) -> tuple[float, float]:
+    """Of the mean of `values`, float64 [objects]; equal values have equal intervals."""
+    return bootstrap_interval(values, np.random.default_rng(0))
 
 
 def _line(row: Row, outcomes: Sequence[Outcome]) -> Line:
@@ -253,7 +240,7 @@ def _cell(
     runs, objects = values.shape
     known = values.size > 0 and bool(np.isfinite(values).all())
     means = values.mean(axis=1) if known else np.empty(0)
-    low, high = bootstrap_interval(values.mean(axis=0)) if known else (None, None)
+    low, high = _bootstrapped(values.mean(axis=0)) if known else (None, None)
     mean, paper = float(means.mean()) if known else None, row.paper.get(f"{dataset}/{metric}")
     difference = mean - paper if mean is not None and paper is not None else None
     return Cell(
@@ -292,7 +279,7 @@ def _change(row: Row, reference: Row | None, key: str, scores: Mapping[str, np.n
     gains = ours.mean(axis=0) - theirs.mean(axis=0)
     if not np.isfinite(gains).all():
         return None
-    low, high = bootstrap_interval(gains)
+    low, high = _bootstrapped(gains)
     paper = row.paper[key] - reference.paper[key] if key in row.paper and key in reference.paper else None
     return Change(reference.name, float(gains.mean()), low, high, paper, _direction(low, high, paper))
 

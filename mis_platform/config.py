@@ -267,6 +267,13 @@ def override(settings: Any, assignments: Iterable[str]) -> Any:
     return with_values(settings, values)
 
 
+def split_resources(assignments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(assignments of a Run, assignments of Resources without their prefix `resources.`)."""
+    given = list(assignments)
+    wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
+    return [text for text in given if not text.startswith("resources.")], wide
+
+
 def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
     """`settings` with dotted names set to other values, validated. Raises ValueError as `override` does."""
     tree, known = settings.model_dump(), flatten(settings)

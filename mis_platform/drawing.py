@@ -11,6 +11,7 @@ from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import read_image
 from mis_platform.data.trees import TreeReader
+from mis_platform.evaluation.noc import keep_last
 from mis_platform.evaluation.predictor import Predictor
 from mis_platform.storage import Storage
 
@@ -45,17 +46,13 @@ def curves(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     by_dataset: dict[str, dict[str, list[np.ndarray]]] = {}
     for outcome in outcomes:
         for dataset, ious in outcome.ious.items():
-            by_dataset.setdefault(dataset, {}).setdefault(outcome.row.name, []).append(_kept(ious).mean(axis=0))
+            by_dataset.setdefault(dataset, {}).setdefault(outcome.row.name, []).append(
+                keep_last(ious).mean(axis=0, dtype=np.float64)
+            )
     return {
         f"{dataset}-iou.png": figures.iou_curve({name: np.mean(each, axis=0) for name, each in rows.items()})
         for dataset, rows in by_dataset.items()
     }
-
-
-def _kept(ious: np.ndarray) -> np.ndarray:
-    """A session that stopped keeps its last IoU; float64 [objects, clicks]."""
-    last = np.isfinite(ious).sum(axis=1) - 1
-    return np.where(np.isnan(ious), ious[np.arange(len(ious)), last][:, None], ious).astype(np.float64)
 
 
 def objects(

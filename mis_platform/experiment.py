@@ -155,6 +155,16 @@ def four(grabcut: Pair, berkeley: Pair, sbd: Pair, davis: Pair) -> dict[str, flo
 
 # -- profiles --------------------------------------------------------------------------------------------------------
 
+# The smallest model at one attention window, with nothing to download.
+_WITHOUT_WEIGHTS = {
+    "features.extractor": "color_texture",
+    "model.variant": "vit_xt",
+    "model.init": "random",
+    "model.image_size": "224",
+    "eval.zoom_size": "224",
+    "eval.davis_zoom_size": "224",
+}
+
 # A profile is data: settings that every row gets, so that it is part of every fingerprint.
 PROFILES: dict[str, dict[str, str]] = {
     # The paper's sizes, with its benchmarks under --data-root.
@@ -163,12 +173,7 @@ PROFILES: dict[str, dict[str, str]] = {
     "small": {
         "dataset": "photos",
         "eval_datasets": '["grabcut"]',
-        "features.extractor": "color_texture",
-        "model.variant": "vit_xt",
-        "model.init": "random",
-        "model.image_size": "224",
-        "eval.zoom_size": "224",
-        "eval.davis_zoom_size": "224",
+        **_WITHOUT_WEIGHTS,
         "train.batch_size": "4",
         "train.learning_rate": "5e-4",
         "train.epochs": "24",
@@ -180,12 +185,7 @@ PROFILES: dict[str, dict[str, str]] = {
     "smoke": {
         "dataset": "wheels",
         "eval_datasets": '["synthetic"]',
-        "features.extractor": "color_texture",
-        "model.variant": "vit_xt",
-        "model.init": "random",
-        "model.image_size": "224",
-        "eval.zoom_size": "224",
-        "eval.davis_zoom_size": "224",
+        **_WITHOUT_WEIGHTS,
         "eval.max_clicks": "3",
         "train.batch_size": "2",
         "train.max_steps": "6",

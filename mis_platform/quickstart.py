@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mis_platform import figures, jobs, pipeline, report
-from mis_platform.config import Resources, Run, override
+from mis_platform.config import Resources, Run, override, split_resources
 from mis_platform.data import synthetic
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import read_image
@@ -45,8 +45,7 @@ RESOURCES = ["num_workers=2", "log_every=5", "checkpoint_every=100"]
 
 def settings(assignments: list[str]) -> tuple[Run, Resources]:
     """The quickstart's Run and Resources, with the command line's changes on top."""
-    wide = [text.removeprefix("resources.") for text in assignments if text.startswith("resources.")]
-    deciding = [text for text in assignments if not text.startswith("resources.")]
+    deciding, wide = split_resources(assignments)
     return override(Run(), SETTINGS + deciding), override(Resources(), RESOURCES + wide)
 
 
@@ -82,7 +81,7 @@ def _step(number: int, what: str, work):  # type: ignore[no-untyped-def]
 
 def _material(root: Path) -> tuple[Dataset, Dataset]:
     """Training photos and the benchmark, written on the first call."""
-    photos, benchmark = synthetic.write_material(root, PHOTOS, OBJECTS)
+    photos, benchmark, _ = synthetic.write_material(root, PHOTOS, OBJECTS)
     return pipeline.open_dataset(f"folder:{photos}"), pipeline.benchmark(f"synthetic:{benchmark}", None)
 
 

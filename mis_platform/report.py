@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest, sha256
 from mis_platform.config import differences
-from mis_platform.evaluation.noc import Summary, iou_table, summarize, text_table
+from mis_platform.evaluation.noc import Summary, iou_table, keep_last, summarize, text_table
 from mis_platform.simulation.clicks import Click
 from mis_platform.storage import Storage
 
@@ -101,9 +101,7 @@ def mean_iou(table: pa.Table, max_clicks: int = 20) -> np.ndarray:
     `eval.fixed_clicks=true` none stops and the curve is the published evaluators'.
     """
     ious = iou_table(table, max_clicks)
-    last = np.isfinite(ious).sum(axis=1) - 1
-    kept = np.where(np.isnan(ious), ious[np.arange(len(ious)), last][:, None], ious)
-    return kept.mean(axis=0, dtype=np.float64)
+    return keep_last(ious).mean(axis=0, dtype=np.float64)
 
 
 def clicks_on(table: pa.Table, image_id: str, object_id: str) -> tuple[list[Click], list[float]]:

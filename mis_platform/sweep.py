@@ -7,14 +7,15 @@ sweep, one child for each row, found again by their fingerprints.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import os
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables do not respect verbose=0
 
-import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
-from mis_platform.artifacts import Stage, ensure, read_manifest, versions, walk
+from mis_platform.artifacts import Stage, ensure, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, compare, render
-from mis_platform.config import Resources, fingerprint, plain
+from mis_platform.config import Resources, Run, fingerprint, plain, with_values
 from mis_platform.data import synthetic
+from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
 from mis_platform.experiment import Experiment, Row, load_experiment
 from mis_platform.stages import cluster, train
@@ -39,10 +40,10 @@ from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
 from mis_platform.trial import Task, run_trial
 
+SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # settings that leave a profile what it is
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
-POLL_SECONDS = 1.0
 SECONDS_BETWEEN_LINES = 10.0
 PICTURES = 2  # objects drawn for each row and benchmark
 LAST_REPORT = "report.json"
@@ -64,17 +65,27 @@ class Sweep:
     root: Storage
     resources: Resources
     tasks: tuple[Task, ...]
+    assignments: tuple[str, ...] = ()  # settings on top of the profile's
     refused: Mapping[tuple[str, int], str] = field(default_factory=dict)  # (row, seed) -> why it cannot even start
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         rows = [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in self.experiment.rows]
-        return fingerprint({"sweep": self.name, "profile": self.profile, "rows": rows, "seeds": self.seeds})
+        data = sorted({task.fingerprint(self.resources) for task in self.tasks})  # the same words, but other photos
+        return fingerprint(
+            {"sweep": self.name, "profile": self.profile, "rows": rows, "seeds": self.seeds, "data": data}
+        )
+
+    @property
+    def size(self) -> str:
+        """The profile, with the settings that make it another size: "paper" alone compares with the paper."""
+        other = [text for text in self.assignments if text.partition("=")[0].strip() not in SAME_SIZE]
+        return " ".join([self.profile, *(["with", ", ".join(other)] if other else [])])
 
     def work(self) -> str:
         """One line on what is left: trainings, those that several rows share once, and their images."""
         left: dict[str, Task] = {}
-        for task in self.tasks:
+        for task in [*self.tasks, *(_as_pretraining(task) for task in self.tasks if task.row.pretraining)]:
             if "clicks" in task.measure:
                 training = task.training(self.resources)
                 if not training.is_done(self.root):
@@ -112,31 +123,49 @@ def prepare(
                 tasks.append(task)
             except ValueError as error:
                 refused[row.name, seed] = str(error)
-    return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), refused)
+    return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), tuple(assignments), refused)
 
 
 def _task(row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None) -> Task:
-    photos = pipeline.training_photos(row.run.model_copy(update={"dataset": _spec(row.run.dataset, root)}), data_root)
-    benchmarks = tuple(
-        pipeline.benchmark(_spec(spec, root, data_root), data_root) for spec in row.run.eval_datasets
-    )  # fmt: skip
-    return Task(row, seed, photos, benchmarks, measure)
+    row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
+    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, split="train")
+    specs = [_benchmark_spec(spec, root, data_root) for spec in row.run.eval_datasets]
+    return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root) for spec in specs), measure)
 
 
-def _spec(spec: str, root: Storage, data_root: Path | None = None) -> str:
-    """`spec`, or the folder below the root with what a profile calls "wheels" and "synthetic"; made when missing."""
-    is_there = spec == WHEEL_BENCHMARK and data_root is not None and (data_root / spec / "images").is_dir()
-    if spec not in (WHEEL_PHOTOS, WHEEL_BENCHMARK) or is_there:
-        return spec
+def _absolute(run: Run) -> Run:
+    """Weights by absolute paths: a trial has a working directory of its own."""
+    paths = {"features.weights": run.features.weights, "model.init_weights": run.model.init_weights}
+    given = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items() if path is not None}
+    found: Run = with_values(run, given)
+    return found
+
+
+def _photos_spec(run: Run, root: Storage) -> str:
+    """The training photos; what a profile calls "wheels" is a folder below the root, with masks if labels are asked."""
+    if run.dataset != WHEEL_PHOTOS:
+        return run.dataset
+    material = _wheels(root)
+    return f"folder:{material.labelled if run.target.source == 'labels' else material.photos}"
+
+
+def _benchmark_spec(spec: str, root: Storage, data_root: Path | None) -> str:
+    """The benchmark; "synthetic" is made below the root unless the data root has one."""
+    is_there = data_root is not None and (data_root / spec / "images").is_dir()
+    return spec if spec != WHEEL_BENCHMARK or is_there else f"synthetic:{_wheels(root).benchmark}"
+
+
+def _wheels(root: Storage) -> synthetic.Material:
     if root.local is None:
-        raise ValueError(f"data set {spec!r} is made below a local root; {root} is none: name a data set of your own")
-    photos, benchmark = synthetic.write_material(root.local / "wheels", objects=WHEEL_OBJECTS)
-    return f"folder:{photos}" if spec == WHEEL_PHOTOS else f"synthetic:{benchmark}"
+        raise ValueError(f"the smoke profile makes its photos below a local root; {root} is none")
+    return synthetic.write_material(root.local / "wheels", objects=WHEEL_OBJECTS)
 
 
 def _images(task: Task) -> int:
     """Images that a training sees; photos that may be refused count."""
-    return Schedule(len(task.photos), task.run.train).total_steps * task.run.train.batch_size
+    labelled = task.run.target.source == "labels"
+    photos = labelled_subset(task.photos, task.run.target) if labelled else task.photos
+    return Schedule(len(photos), task.run.train).total_steps * task.run.train.batch_size
 
 
 # -- running ---------------------------------------------------------------------------------------------------------
@@ -160,11 +189,13 @@ def run_sweep(sweep: Sweep) -> Comparison:
             failures |= {key: reason for key, reason in failed.items() if key not in done}
         _write_failures(sweep, failures)
         for task in sweep.tasks:
-            reason = failures.get(_key(task))
-            if reason is None:
-                _record(sweep, task)
-            else:
-                _record_failure(sweep, task, reason)
+            try:
+                _record(sweep, task, failures.get(_key(task)))
+            except Exception as error:
+                print(
+                    f"sweep: {task.name} is not in MLflow, the next run tries again: {reason_of(error)}",
+                    file=sys.stderr,
+                )
         comparison, found = compare_rows(sweep)
         _record_report(sweep, comparison, found, parent)
         _register_best(sweep, comparison, parent)
@@ -236,13 +267,14 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
     if not groups:
         return {}
     trials = min(train.trials_at_once(sweep.resources), len(groups))
+    resources = sweep.resources.model_copy(update={"trials": trials})  # each takes its share of the CPUs
     names = ", ".join(group[0].name for group in groups)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the reasons of failed trials are told in one line each
     print(f"sweep: {len(groups)} training(s) to do, {trials} at a time: {names}", file=sys.stderr, flush=True)
     with _recorder(sweep, groups) as recorder, cluster.scratch("mis-ray-tune-") as storage_path:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(run_trial, groups=groups, root=sweep.root, resources=sweep.resources),
+                tune.with_parameters(run_trial, groups=groups, root=sweep.root, resources=resources),
                 {"CPU": DRIVER_CPU},
             ),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
@@ -255,33 +287,13 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
                 verbose=0,
             ),
         )
-        results = _wait(tuner.fit)
+        results = cluster.in_background(tuner.fit).result()
     failures: dict[str, str] = {}
     for result in results:
         if result.error is not None:
             reason = reason_of(result.error)
             failures |= {_key(task): reason for task in groups[result.config["group"]]}
     return failures
-
-
-def _wait(function: Callable[[], Any]) -> Any:
-    """Tune's fit() in a thread of its own: in the main thread it would take over Ctrl-C and return as if done."""
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            outcome.append(function())
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=call, name="ray-tune", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-    if failure:
-        raise failure[0]
-    return outcome[0]
 
 
 def reason_of(error: BaseException) -> str:
@@ -371,31 +383,28 @@ def _child(sweep: Sweep, task: Task) -> tracking.Tracker:
     return jobs.record(sweep.root, sweep.name, task.name, model, task.run, sweep.resources, sweep.fingerprint)
 
 
-def _record(sweep: Sweep, task: Task) -> None:
-    """Everything about a finished row: curves, scores, pictures, the paper's numbers; once, as a marker remembers."""
+def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
+    """Everything about a row in MLflow: why it failed, or curves, scores, pictures and the paper's numbers."""
+    about = {"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
+    if failure is not None:
+        tracker = _scores_run(sweep, task)
+        tracker.set_tags({**about, tracking.ERROR: failure[:500]})
+        tracker.close("FAILED")
+        return
     store = fingerprint({"store": tracking.tracking_uri(sweep.root), "task": task.fingerprint(sweep.resources)})
     marker = f"recorded/{store}"
     if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
         return
-    run, resources, root = task.run, sweep.resources, sweep.root
     if "clicks" in task.measure:
-        model = jobs.train(
-            task.photos, run, resources, root, sweep.name, task.pretraining(resources), task.name, sweep.fingerprint
-        )  # fmt: skip
-        jobs.evaluate(
-            task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, sweep.fingerprint
-        )  # fmt: skip
+        run, resources, root, parent = task.run, sweep.resources, sweep.root, sweep.fingerprint
+        start = task.pretraining(resources)
+        model = jobs.train(task.photos, run, resources, root, sweep.name, start, task.name, parent)
+        jobs.evaluate(task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, parent)
     with _scores_run(sweep, task) as tracker:
-        tracker.set_tags({"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)})
+        tracker.set_tags(about)
         tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
     sweep.directory.write_bytes(marker, b"")
-
-
-def _record_failure(sweep: Sweep, task: Task, reason: str) -> None:
-    tracker = _scores_run(sweep, task)
-    tracker.set_tags({tracking.ERROR: reason[:500], "mis.row": task.row.name, "mis.profile": sweep.profile})
-    tracker.close("FAILED")
 
 
 def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
@@ -450,8 +459,8 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
     task = next(task for task in done if task.row.name == best.row)
     model = task.training(sweep.resources).directory(sweep.root)
     if model.local is not None:
-        side, starts = task.run.model.image_size, [task.run, *([task.row.pretraining] if task.row.pretraining else [])]
-        licence = MAE_LICENCE if starts[-1].model.init == "mae" else OWN_LICENCE
+        side, first = task.run.model.image_size, task.row.pretraining or task.run
+        licence = MAE_LICENCE if first.model.init == "mae" else OWN_LICENCE
         parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
 
 
@@ -465,7 +474,7 @@ def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:
 def compare_rows(sweep: Sweep) -> tuple[Comparison, list[Outcome]]:
     """The report of what is there, and what it was made from; nothing is run."""
     found = outcomes(sweep)
-    return compare(sweep.experiment, sweep.profile, found, about(sweep)), found
+    return compare(sweep.experiment, sweep.size, found, about(sweep)), found
 
 
 def outcomes(sweep: Sweep) -> list[Outcome]:
@@ -511,25 +520,29 @@ def _read_failures(sweep: Sweep) -> dict[str, str]:
 
 
 def about(sweep: Sweep) -> dict[str, Any]:
-    """For the foot of a report: commit, machine, hours of computing, the profile's settings."""
-    seconds = 0.0
-    seen: set[str] = set()
-    for task in sweep.tasks:
-        if "clicks" not in task.measure or not task.training(sweep.resources).is_done(sweep.root):
-            continue
-        training = task.training(sweep.resources)
-        stages = [*walk(training), *task.clicks(training.directory(sweep.root), sweep.resources)]
-        for stage in stages:
-            if stage.fingerprint not in seen and stage.is_done(sweep.root):
-                seen.add(stage.fingerprint)
-                seconds += float(read_manifest(stage.directory(sweep.root))["information"]["seconds"])
+    """For the foot of a report: the commits that computed the rows, seconds of computing, profile and settings."""
+    made = {stage.fingerprint: stage for task in sweep.tasks for stage in _made(sweep, task)}
+    found = [read_manifest(stage.directory(sweep.root))["information"] for stage in made.values()]
     return {
-        "commit": versions()["git_commit"] or "unknown",
-        "machine": f"{os.cpu_count()} CPU cores" + (f", {cluster.gpus()} GPUs" if ray.is_initialized() else ""),
-        "seconds": round(seconds, 1),
-        "profile": sweep.profile,
+        "commits": ", ".join(sorted({each.get("git_commit") or "unknown" for each in found})),
+        "machine of this report": f"{os.cpu_count()} CPU cores",
+        "seconds": round(sum(float(each["seconds"]) for each in found), 1),
+        "profile": sweep.size,
         "seeds": sweep.seeds,
     }
+
+
+def _made(sweep: Sweep, task: Task) -> list[Stage]:
+    """The finished stages of a row, shared ones too."""
+    stages: list[Stage] = []
+    if "overlap" in task.measure:
+        stages += [needed for stage in task.overlaps(sweep.resources) for needed in walk(stage)]
+    if "clicks" in task.measure:
+        training = task.training(sweep.resources)
+        stages += walk(training)
+        if training.is_done(sweep.root):
+            stages += task.clicks(training.directory(sweep.root), sweep.resources)
+    return [stage for stage in stages if stage.is_done(sweep.root)]
 
 
 def draw(sweep: Sweep, comparison: Comparison, found: Sequence[Outcome]) -> dict[str, Any]:

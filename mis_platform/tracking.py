@@ -405,6 +405,8 @@ class _Sender:
         run = self._find(experiment, opening["fingerprint"])
         if run is not None:
             self._client.update_run(run.info.run_id, status="RUNNING")
+            if ERROR in run.data.tags:  # of an attempt before this one
+                self._client.delete_tag(run.info.run_id, ERROR)
         else:
             run = self._client.create_run(experiment, run_name=opening["name"], tags=opening["tags"])
         parent = self._find(experiment, opening["parent"]) if opening.get("parent") else None
@@ -472,6 +474,8 @@ class _Sender:
 
     def _register(self, run_id: str, name: str, directory: str, size: list[int], licence: str) -> None:
         weights = Path(directory) / MODEL_FILES[0]
+        if not weights.is_file():  # final: no later attempt would find it
+            raise MlflowException.invalid_parameter_value(f"there is no model to register in {directory}")
         with open(weights, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with contextlib.suppress(MlflowException):  # it is there already

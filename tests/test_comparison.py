@@ -15,11 +15,11 @@ from mis_platform.comparison import (
     Cell,
     Comparison,
     Outcome,
-    bootstrap_interval,
     compare,
     render,
 )
 from mis_platform.config import Run
+from mis_platform.evaluation import noc as scores
 from mis_platform.experiment import Experiment, Row, changed, noc
 
 ALPHA = Row("alpha=0.9", Run(), noc("grabcut", 2.0, 3.0))
@@ -41,6 +41,10 @@ def sessions(*clicks: int, reach: float = 0.9, limit: int = 4) -> np.ndarray:
 def done(row: Row, *clicks: int, seed: int = 0, dataset: str = "grabcut", **more: Any) -> Outcome:
     known = {"ious": {dataset: sessions(*clicks)}, "protocols": {dataset: PROTOCOL}, **more}
     return Outcome(row, seed, "done", **known)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    return scores.bootstrap_interval(values, np.random.default_rng(0))
 
 
 def cell(comparison: Comparison, row: str, metric: str = "noc90", dataset: str = "grabcut") -> Cell:
@@ -123,22 +127,22 @@ def test_the_paired_interval_is_scipys(objects: int) -> None:
     rng = np.random.default_rng(objects)
     ours = rng.integers(1, 21, objects).astype(float)
     theirs = np.clip(ours + rng.integers(-2, 5, objects), 1, 20)
-    found = bootstrap_interval(ours - theirs)
+    found = interval(ours - theirs)
     scipys = stats.bootstrap(
         (ours, theirs), lambda a, b, axis: (a - b).mean(axis=axis), paired=True, vectorized=True, method="percentile",
         n_resamples=10_000, rng=np.random.default_rng(1),
     ).confidence_interval  # fmt: skip
     assert found == pytest.approx(scipys, abs=0.06 * (scipys.high - scipys.low))
-    alone = [bootstrap_interval(each) for each in (ours, theirs)]
+    alone = [interval(each) for each in (ours, theirs)]
     assert found[1] - found[0] < max(high - low for low, high in alone)
 
 
 def test_intervals_do_not_depend_on_chunks_or_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=200)
-    expected = bootstrap_interval(values)
-    assert bootstrap_interval(values) == expected
-    monkeypatch.setattr("mis_platform.comparison.CHUNK", 10_000)
-    assert bootstrap_interval(values) == pytest.approx(expected, abs=0.02)
+    expected = interval(values)
+    assert interval(values) == expected
+    monkeypatch.setattr(scores, "_DRAWN_AT_ONCE", 10_000)
+    assert interval(values) == pytest.approx(expected, rel=1e-12), "the same draws in other portions"
 
 
 # -- judgements ------------------------------------------------------------------------------------------------------
@@ -228,7 +232,10 @@ def test_protocols_do_not_mix(protocol: dict[str, Any], what: str) -> None:
 def test_each_data_set_may_have_its_protocol() -> None:
     ious = {"grabcut": sessions(1, 2), "davis": sessions(2, 3)}
     protocols = {"grabcut": PROTOCOL, "davis": {**PROTOCOL, "zoom_size": 672}}
-    compare(EXPERIMENT, "paper", [Outcome(row, 0, "done", "", ious, {}, protocols) for row in (ALPHA, FLAT)], {})
+    outcomes = [Outcome(row, 0, "done", "", ious, {}, protocols) for row in (ALPHA, FLAT)]
+    comparison = compare(EXPERIMENT, "paper", outcomes, {})
+    assert cell(comparison, ALPHA.name).mean == 1.5
+    assert cell(comparison, ALPHA.name, dataset="davis").mean == 2.5
 
 
 def test_outcomes_that_do_not_fit_are_refused() -> None:

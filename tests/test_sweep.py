@@ -14,6 +14,7 @@ import ray
 
 from mis_platform import cli, sweep, trial
 from mis_platform.config import Resources, Run
+from mis_platform.data import synthetic
 from mis_platform.storage import Storage
 
 TINY = """
@@ -71,7 +72,8 @@ def test_a_row_without_weights_or_data_is_refused_alone(experiments: Path, tmp_p
     (experiments / "tiny.py").write_text(
         TINY.replace('Row("twin", Run())', 'Row("twin", changed(Run(), **{"target.source": "labels"}))')
     )
-    prepared = prepare(tmp_path)
+    synthetic.write_photos(tmp_path / "data" / "photos", 2)
+    prepared = prepare(tmp_path, assignments=[*SHORT, "dataset=photos"], data_root=tmp_path / "data")
     assert [task.name for task in prepared.tasks] == ["good", "diverges"]
     assert "needs object masks" in prepared.refused["twin", 0]
 
@@ -84,6 +86,34 @@ def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Pat
 
 def test_smoke_brings_its_own_benchmark_also_with_a_data_root(experiments: Path, tmp_path: Path) -> None:
     assert prepare(tmp_path, data_root=tmp_path / "data").refused == {}
+
+
+def test_only_the_untouched_paper_profile_compares_with_the_paper(experiments: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    plain = ["features.extractor=color_texture", "model.variant=vit_xt", "model.init=random"]
+    assert prepare(tmp_path, profile="paper", assignments=["eval_datasets=[]"], data_root=data).size == "paper"
+    changed = prepare(tmp_path, profile="paper", assignments=plain, data_root=data)
+    assert changed.size == "paper with " + ", ".join(plain)
+    assert sweep.about(changed)["profile"] == changed.size
+
+
+def test_other_photos_are_another_sweep(experiments: Path, tmp_path: Path) -> None:
+    prints = []
+    for seed in (0, 1):
+        synthetic.write_photos(tmp_path / f"data{seed}" / "photos", 2, seed)
+        words = [*SHORT, "dataset=photos"]
+        prints.append(prepare(tmp_path, assignments=words, data_root=tmp_path / f"data{seed}").fingerprint)
+    assert prints[0] != prints[1]
+
+
+def test_weights_are_found_from_a_trials_own_directory(
+    experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SHORT, "features.extractor=dino_vits8", "features.weights=dino.pth"]
+    (tmp_path / "dino.pth").write_bytes(b"weights")
+    prepared = prepare(tmp_path, assignments=words)
+    assert prepared.tasks[0].run.features.weights == str(tmp_path / "dino.pth")
 
 
 def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: Path) -> None:

@@ -483,6 +483,23 @@ def test_a_row_lies_under_its_sweep_also_when_opened_again(root: Storage) -> Non
         assert tracking.PARENT not in client.get_run(str(sweep.run_id)).data.tags
 
 
+def test_an_error_is_forgotten_when_the_next_attempt_begins(root: Storage) -> None:
+    with pytest.raises(RuntimeError), tracking.open_run(root, **ABOUT):
+        raise RuntimeError("no memory")
+    assert tracking.ERROR in the_run(root).data.tags
+    with tracking.open_run(root, **ABOUT):
+        pass
+    assert tracking.ERROR not in the_run(root).data.tags
+    assert the_run(root).info.status == "FINISHED"
+
+
+def test_a_model_that_is_gone_does_not_hold_up_the_record(root: Storage, tmp_path: Path) -> None:
+    with tracking.open_run(root, **ABOUT) as tracker:
+        tracker.register_model(Storage(str(tmp_path / "gone")), "mis-test", (224, 224), "")
+    assert the_run(root).info.status == "FINISHED"
+    assert not list((tmp_path / "mlflow-spool").glob("[!.]*"))
+
+
 def test_a_model_is_registered_once_for_each_content(root: Storage, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

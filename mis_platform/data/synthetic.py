@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -75,13 +76,26 @@ def write_benchmark(out: Path, count: int = 16, seed: int = 0) -> None:
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / "masks" / f"{k:03d}.png")
 
 
-def write_material(root: Path, photos: int = 36, objects: int = 16) -> tuple[Path, Path]:
-    """root/photos and root/benchmark, made by `write_photos` and `write_benchmark` unless they are there.
+class Material(NamedTuple):
+    """Folders that `write_material` makes."""
+
+    photos: Path  # to learn from, without labels
+    benchmark: Path
+    labelled: Path  # to learn from, with masks; other objects than the benchmark's
+
+
+def write_material(root: Path, photos: int = 36, objects: int = 16) -> Material:
+    """Folders in `root`, made by `write_photos` and `write_benchmark` unless they are there. objects: in each of two.
 
     Whole or not at all: a process that is killed leaves nothing that the next one would take for finished.
     """
-    made = root / "photos", root / "benchmark"
-    for folder, write in zip(made, (lambda out: write_photos(out, photos), lambda out: write_benchmark(out, objects))):
+    made = Material(root / "photos", root / "benchmark", root / "labelled")
+    writers: tuple[Callable[[Path], None], ...] = (
+        lambda out: write_photos(out, photos),
+        lambda out: write_benchmark(out, objects),
+        lambda out: write_benchmark(out, objects, seed=1),
+    )
+    for folder, write in zip(made, writers, strict=True):
         if not folder.is_dir():
             unfinished = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
             write(unfinished)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TARGETS = (0.80, 0.85, 0.90, 0.95)
+_DRAWN_AT_ONCE = 2_000_000  # counts of the bootstrap held in memory
 
 
 def clicks_to_reach(ious: np.ndarray, target: float) -> np.ndarray:
@@ -33,20 +34,31 @@ def noc(ious: np.ndarray, target: float) -> float:
 
 
 def bootstrap_interval(
-    clicks: np.ndarray, rng: np.random.Generator, *, confidence: float = 0.95, resamples: int = 10_000
+    values: np.ndarray, rng: np.random.Generator, *, confidence: float = 0.95, resamples: int = 10_000
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over objects.
+    """Percentile bootstrap interval of the mean over objects; NaN if a value is.
 
-    clicks: [objects], whole numbers >= 1 (from `clicks_to_reach`). Objects are the unit, as in the mean itself; where
-    many objects share a photo the interval is a little too narrow. Drawing n objects with replacement is drawing
-    how often each number of clicks occurs, so a resample costs one multinomial whatever n is.
+    values: [objects], e.g. clicks, or differences of two models on the same objects, which makes it the paired
+    bootstrap. Objects are the unit, as in the mean itself; where many objects share a photo the interval is a little
+    too narrow. Drawing n objects with replacement is drawing how often each value occurs, so with clicks, of which
+    there are few different ones, a resample costs the same whatever n is.
     """
-    if np.isnan(clicks).any():
+    if np.isnan(values).any():
         return np.nan, np.nan
-    values, counts = np.unique(clicks, return_counts=True)
-    draws = rng.multinomial(len(clicks), counts / len(clicks), size=resamples)
-    low, high = np.quantile(draws @ values / len(clicks), [(1 - confidence) / 2, (1 + confidence) / 2])
+    different, counts = np.unique(values, return_counts=True)
+    size = max(1, _DRAWN_AT_ONCE // len(different))
+    means = [
+        rng.multinomial(len(values), counts / len(values), size=min(size, resamples - start)) @ different / len(values)
+        for start in range(0, resamples, size)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def keep_last(ious: np.ndarray) -> np.ndarray:
+    """IoU tables [objects, max_clicks] without NaN: a session that stopped keeps its last IoU, as if content."""
+    last = np.isfinite(ious).sum(axis=1) - 1
+    return np.where(np.isnan(ious), ious[np.arange(len(ious)), last][:, None], ious)
 
 
 class TargetSummary(NamedTuple):

@@ -135,7 +135,7 @@ _memory = threading.local()
 def _aligned_empty(rows: int, columns: int) -> np.ndarray:
     """Uninitialised float32 [rows, columns] that starts on a cache line, in memory that this thread used before.
 
-    Megabytes fresh from the system cost a page fault for every four kilobytes, together a third of a merging.
+    Megabytes fresh from the system cost a page fault for every four kilobytes, together an eighth of a merging.
     """
     size = rows * columns * 4
     buffer: np.ndarray | None = getattr(_memory, "buffer", None)

@@ -5,7 +5,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -48,6 +50,20 @@ def scratch(prefix: str) -> Iterator[str]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def in_background(function: Callable[[], Any]) -> "Future[Any]":
+    """Run Ray's fit() in a daemon thread: it blocks and, in the main thread, would take over Ctrl-C."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="ray-fit", daemon=True).start()
+    return future
 
 
 def cpus() -> int:

@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -203,7 +202,7 @@ def _train_on_cluster(
                 failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             ),
         )
-        _follow(_in_background(trainer.fit), channel, job, relay)
+        _follow(cluster.in_background(trainer.fit), channel, job, relay)
 
 
 def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
@@ -220,7 +219,7 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
             f"resources.num_workers={workers} on GPUs needs {workers} GPUs, the cluster has {gpus}; "
             "use fewer workers or resources.use_gpu=false"
         )
-    cpus = max(1, cpus // trials_at_once(resources))  # what this training may call its own
+    cpus = max(1, cpus // (resources.trials or 1))  # what this training may call its own
     reserved = min(1.0, math.floor(100 * cluster.CPU_SHARE * cpus / workers) / 100)
     if reserved < MIN_WORKER_CPU:
         raise ValueError(
@@ -284,20 +283,6 @@ class Channel:
         """The rows since the last call."""
         rows, self._rows = self._rows, []
         return rows
-
-
-def _in_background(function: Callable[[], Any]) -> "Future[Any]":
-    """Ray's fit() blocks and, in the main thread, would take over Ctrl-C."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, name="ray-train", daemon=True).start()
-    return future
 
 
 def _follow(fit: "Future[Any]", channel: Any, job: Job, relay: Relay) -> None:
@@ -487,9 +472,8 @@ def examples(job: Job, numbers: np.ndarray) -> ray.data.Dataset:
     dataset.context.raise_original_map_exception = True
     options = dataset.context.execution_options
     options.preserve_order = True
-    options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=4 * PIPELINE_BYTES
-    )  # more than a pipeline has
+    # More than a pipeline makes: see `load`.
+    options.resource_limits = ExecutionResources.for_limits(object_store_memory=4 * PIPELINE_BYTES)
     return dataset.map_batches(
         job.stream.columns,
         batch_size=None,
