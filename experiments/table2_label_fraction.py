@@ -44,5 +44,5 @@ EXPERIMENT = Experiment(
     source="Table 2",
     rows=tuple(row for fraction in PAPER for row in pair(fraction)),
     note="Each start from MIS is compared with the start from MAE on the same labels. The paper gives neither loss nor "
-    "schedule nor which photos have labels.",
+    'schedule nor which photos have labels. Profiles without weights start the rows "from MAE" from random weights.',
 )

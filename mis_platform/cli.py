@@ -175,10 +175,11 @@ def run_sweep(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed."""
+    if not dry_run:
+        _writable(root)
     prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
     if dry_run:
         return _print_sweep(prepared)
-    _writable(root)
     from mis_platform import sweep
     from mis_platform.comparison import render
 

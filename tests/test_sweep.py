@@ -202,6 +202,16 @@ def test_what_a_sweep_would_do(
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_a_root_that_cannot_be_written_is_told_in_one_line(
+    experiments: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mis", "run", "sweep", "tiny", "--profile", "smoke", "--root", "/proc/nothing"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == cli.USAGE
+    assert "choose another --root" in capsys.readouterr().err
+
+
 @pytest.mark.ray
 def test_too_many_trials_are_refused_with_the_arithmetic(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resources\.trials=99 needs a CPU for each"):
