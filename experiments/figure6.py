@@ -4,8 +4,15 @@ Figure 6. No session stops early: every object gets 20 clicks, so that the mean 
 """
 
 from mis_platform.config import Run
-from mis_platform.experiment import Experiment, Row, changed, four
+from mis_platform.experiment import SUPERVISED, Experiment, Row, changed, four
 
+CLASSICAL = {
+    "GraphCut": "graphcut",
+    "Random Walk": "random_walk",
+    "Geodesic Matting": "geodesic",
+    "GSC": "gsc",
+    "ESC": "esc",
+}
 TO_THE_END = changed(Run(), **{"eval.fixed_clicks": True, "eval.max_clicks": 20})
 
 EXPERIMENT = Experiment(
@@ -18,6 +25,8 @@ EXPERIMENT = Experiment(
             changed(TO_THE_END, **{"train.smooth_weight": 0}),
             four((2.08, 2.56), (3.40, 5.51), (7.38, 9.92), (6.78, 10.08)),
         ),
+        Row("SimpleClick", changed(TO_THE_END, **SUPERVISED)),
+        *(Row(name, changed(TO_THE_END, method=method)) for name, method in CLASSICAL.items()),
     ),
     default="MIS",
     figure="curves",

@@ -5,7 +5,7 @@ first lines of train.txt, as in the official code's data set class.
 """
 
 from mis_platform.config import Run
-from mis_platform.experiment import Experiment, Row, changed, four
+from mis_platform.experiment import SUPERVISED, Experiment, Row, changed, four
 
 # share: the paper's numbers from MAE, then from MIS
 PAPER = {
@@ -21,13 +21,6 @@ PAPER = {
         four((1.64, 1.84), (1.88, 3.21), (5.33, 7.89), (4.88, 6.77)),
         four((1.40, 1.50), (1.64, 2.73), (4.61, 6.95), (4.25, 5.94)),
     ),
-}
-SUPERVISED = {
-    "target.source": "labels",
-    "target.subset": "first",
-    "train.loss": "normalized_focal",
-    "train.smooth_weight": 0,
-    "augment.color_augmentation": False,
 }
 
 

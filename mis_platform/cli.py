@@ -120,34 +120,69 @@ def train(
 def evaluate(
     dataset: Annotated[list[str] | None, typer.Option("--dataset", help="A benchmark; repeat for several.")] = None,
     model: Annotated[str, typer.Option("--model", help="Directory, fingerprint, or latest.")] = "latest",
-    proposals: Annotated[bool, typer.Option("--proposals", help="Score the merge trees instead of a model.")] = False,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="No model: graphcut, random_walk, geodesic, gsc, esc, or module:class."),
+    ] = None,
+    proposals: Annotated[bool, typer.Option("--proposals", help="Score proposals instead of a model.")] = False,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="With --proposals: tree, tokencut, dsm or freemask; repeat to compare."),
+    ] = None,
     root: RootOption = "artifacts",
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, the best overlap of the trees."""
-    run, resources = _settings(assignments)
+    """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, how well proposals fit the objects."""
+    from mis_platform.config import TRAINED, override
+
+    if source and not proposals:
+        raise ValueError("--source says which proposals to score; it needs --proposals")
+    run, resources = _settings(assignments, method=method)
     from mis_platform import jobs, pipeline
 
     benchmarks = [pipeline.benchmark(spec, data_root) for spec in dataset or run.eval_datasets]
     storage = _root(root)
     if proposals:
-        stages = [pipeline.overlap_stage(benchmark, run, resources) for benchmark in benchmarks]
+        runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
         if dry_run:
-            return _print_plan(stages, root)
-        typer.echo(jobs.score_proposals(benchmarks, run, resources, _writable(root)))
+            return _print_plan([pipeline.overlap_stage(b, each, resources) for b in benchmarks for each in runs], root)
+        typer.echo(jobs.score_proposals(benchmarks, runs, resources, _writable(root)))
         return None
-    directory = pipeline.find_model(storage, model)
-    typer.echo(f"model: {directory}", err=True)
-    if dry_run:
-        return _print_plan([pipeline.clicks_stage(b, run, resources, directory) for b in benchmarks], root)
     from mis_platform import report
 
-    scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root))
+    if run.method != TRAINED:
+        if dry_run:
+            return _print_plan([pipeline.method_clicks_stage(each, run, resources) for each in benchmarks], root)
+        scores = jobs.evaluate_method(benchmarks, run, resources, _writable(root))
+    else:
+        directory = pipeline.find_model(storage, model)
+        typer.echo(f"model: {directory}", err=True)
+        run, name = _as_imported(run, directory, assignments)
+        if dry_run:
+            return _print_plan([pipeline.clicks_stage(b, run, resources, directory) for b in benchmarks], root)
+        scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root), name=name)
     typer.echo(report.published_table(scores))
     typer.echo(f"\n{report.summary_table(scores)}")
     return None
+
+
+@app.command(name="import")
+def import_model(
+    file: Annotated[Path, typer.Argument(help="An official .pth file of SimpleClick, MIS or RITM.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the model.")],
+    refine: Annotated[
+        str | None, typer.Option("--refine", help="fbrs: refine the answer at every click (RITM only).")
+    ] = None,
+) -> None:
+    """Turn an official checkpoint into a model for `mis eval`; nothing in the file is run."""
+    from mis_platform.model.checkpoints import import_checkpoint
+
+    config = import_checkpoint(file, out, refine)
+    settings = ", ".join(f"{name}={_spell(value)}" for name, value in config["eval"].items())
+    typer.echo(f"model: {out} ({config['family']} {config['variant']}; {settings})")
+    typer.echo(f"next: mis eval --dataset grabcut --model {out}")
 
 
 @app.command(name="list")
@@ -175,9 +210,7 @@ def run_sweep(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed."""
-    if not dry_run:
-        _writable(root)
-    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=not dry_run)
     if dry_run:
         return _print_sweep(prepared)
     from mis_platform import sweep
@@ -307,6 +340,7 @@ def _sweep(
     root: str,
     data_root: Path | None,
     assignments: list[str] | None,
+    writes: bool = False,
 ) -> "Sweep":
     """What the words of a command line mean; typing errors are told before anything heavy is imported."""
     from mis_platform.config import Resources, override, split_resources
@@ -315,12 +349,13 @@ def _sweep(
     deciding, wide = split_resources(assignments or [])
     resources = override(Resources(), wide)
     load_experiment(name).with_profile(profile).with_settings(deciding).select(only or [])
+    storage = _writable(root) if writes else _root(root)
     from mis_platform import sweep
 
     return sweep.prepare(
         name,
         profile=profile,
-        root=_root(root),
+        root=storage,
         data_root=data_root,
         resources=resources,
         assignments=deciding,
@@ -343,7 +378,7 @@ def _print_sweep(prepared: "Sweep") -> None:
     for row in experiment.rows:
         if row.quoted:
             typer.echo(f"{'quoted':<8}  {row.name:<{width}}  {row.quoted}")
-        for seed in range(0 if row.quoted else prepared.seeds):
+        for seed in range(row.seeds(prepared.seeds)):
             settings = ", ".join(f"{name}={_spell(flatten(row.run)[name])}" for name in varied)
             task, why = tasks.get((row.name, seed)), prepared.refused.get((row.name, seed))
             state = "refused" if task is None else _state(task, prepared)
@@ -362,6 +397,20 @@ def _settings(assignments: list[str] | None, **named: Any) -> "tuple[Run, Resour
     deciding, wide = split_resources(assignments or [])
     deciding += [f"{name}={value}" for name, value in named.items() if value is not None]
     return override(Run(), deciding), override(Resources(), wide)
+
+
+def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None) -> "tuple[Run, str | None]":
+    """For a model that was imported: the click protocol of its family, where --set says nothing else, and its name."""
+    from mis_platform.model.weights import CONFIG_FILE, eval_config, parse_config
+
+    config = parse_config(directory.read_bytes(CONFIG_FILE), f"{directory}/{CONFIG_FILE}")
+    names = [text.partition("=")[0].strip() for text in assignments or []]
+    given = [name.removeprefix("eval.") for name in names if name.startswith("eval.")]
+    own = eval_config(config, run.eval, given)
+    if "source" not in config:
+        return run.model_copy(update={"eval": own}), None
+    words = [config["family"], config["variant"], config.get("refine"), config["source"].get("file")]
+    return run.model_copy(update={"eval": own}), " ".join(word for word in words if word)
 
 
 def _root(root: str) -> "Storage":

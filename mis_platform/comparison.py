@@ -11,15 +11,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mis_platform.config import differences, plain
 from mis_platform.evaluation.noc import bootstrap_interval, clicks_to_reach, keep_last
 from mis_platform.experiment import PAPER_PROFILE, Experiment, Row
-from mis_platform.report import PAPER, markdown_table, plain_table
+from mis_platform.report import PAPER, markdown_table, plain_table, protocol_differences
 
 State = Literal["done", "missing", "failed", "quoted"]
 Verdict = Literal["pass", "fail", "not comparable", ""]
@@ -147,18 +146,15 @@ def compare(experiment: Experiment, profile: str, outcomes: Sequence[Outcome], a
 
 def check_protocols(outcomes: Iterable[Outcome]) -> None:
     """Raises ValueError when two outcomes were scored on one data set under different protocols."""
-    first: dict[str, tuple[str, dict[str, Any]]] = {}
-    for outcome in outcomes:
-        for dataset, protocol in outcome.protocols.items():
-            mine = plain(dict(protocol))
-            name, theirs = first.setdefault(dataset, (outcome.row.name, mine))
-            if mine != theirs:
-                named = [{key: value for key, value in each.items() if key != "fingerprint"} for each in (theirs, mine)]
-                changed = "; ".join(differences(*named)) or "rules of another version"
-                raise ValueError(
-                    f"{name} and {outcome.row.name} were scored on {dataset} under different protocols and do not "
-                    f"compare: {changed}"
-                )
+    scored = [(outcome, dataset) for outcome in outcomes for dataset in outcome.protocols]
+    for (first, dataset), (second, other) in combinations(scored, 2):
+        if dataset != other:
+            continue
+        if changed := protocol_differences(first.protocols[dataset], second.protocols[dataset]):
+            raise ValueError(
+                f"{first.row.name} and {second.row.name} were scored on {dataset} under different protocols and do not "
+                f"compare: {'; '.join(changed)}"
+            )
 
 
 def per_object(outcomes: Sequence[Outcome], dataset: str, metric: str) -> np.ndarray:

@@ -9,10 +9,15 @@ parameter, the column of a sweep.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+TRAINED = "model"  # the trained click model
+CLASSICAL_METHODS = ("graphcut", "random_walk", "geodesic", "gsc", "esc")  # of Table 1, they need no training
+_OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16"]
@@ -82,19 +87,69 @@ class SamplingConfig(Settings):
 class TargetConfig(Settings):
     """What a training learns to segment (the label fractions of Table 2; supervised SimpleClick)."""
 
-    source: Literal["tree", "labels"] = "tree"  # proposals of a merge tree (unsupervised) | objects of the masks
+    # Proposals of a merge tree (MIS), of another unsupervised method (Table 1's baselines), or objects of the masks.
+    source: Literal["tree", "tokencut", "dsm", "freemask", "labels"] = "tree"
     fraction: float = Field(1.0, gt=0, le=1)  # share of the images whose labels may be seen, rounded down
     subset: Literal["first", "random"] = "first"  # of the images: first in the list (official code) | drawn by seed
     subset_seed: int = Field(0, ge=0)  # of subset=random; smaller fractions of one seed lie inside larger ones
 
     @model_validator(mode="after")
     def _subset_is_of_labels(self) -> "TargetConfig":
-        if self.source == "tree" and (self.fraction < 1 or self.subset != "first"):
+        if self.source != "labels" and (self.fraction < 1 or self.subset != "first"):
             raise ValueError(
                 "target.fraction and target.subset choose the images whose labels are seen: "
                 "they need target.source=labels"
             )
         return self
+
+
+class TokenCutConfig(Settings):
+    """TokenCut (Wang et al., CVPR 2022), saliency with the bilateral solver; the authors' values."""
+
+    # Patches of a larger cosine similarity are joined. Features of color_texture are all alike at 0.2; 0.9 suits them.
+    tau: float = Field(0.2, ge=-1, lt=1)
+    sigma_spatial: float = Field(16.0, ge=1)  # pixels: cells of the bilateral grid
+    sigma_luma: float = Field(16.0, ge=1)  # levels of 255
+    sigma_chroma: float = Field(8.0, ge=1)  # levels of 255
+    solver_lambda: float = Field(256.0, ge=0)  # weight of smoothness against the coarse mask
+    confidence: float = Field(0.999, gt=0, le=1)  # in every pixel of the coarse mask
+
+
+class DeepSpectralConfig(Settings):
+    """Deep Spectral Methods (Melas-Kyriazi et al., CVPR 2022), multi-region; the authors' values."""
+
+    clusters: int = Field(4, ge=2)  # one of them is the background
+    eigenvectors: int = Field(5, ge=2)  # the constant first one included
+    color_weight: float = Field(0.0, ge=0)  # of the colour neighbours: 0 their command line, 10 their code inside
+
+
+class FreeMaskConfig(Settings):
+    """Free Mask, the proposals of FreeSOLO (Wang et al., CVPR 2022); the authors' values."""
+
+    scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((1.0, 0.5, 0.25), min_length=1)  # of the queries
+    mask_threshold: float = Field(0.5, gt=0, lt=1)
+    nms_sigma: float = Field(2.0, gt=0)
+    keep: int = Field(20, ge=1)  # proposals after non-maximum suppression
+    min_maskness: Probability = 0.7  # after its decay
+    min_center_row: Probability = 0.2  # share of the height: masks with a higher centre of mass are sky
+    max_box_width: float = Field(0.95, gt=0)  # share of the width; wider ones are background
+
+
+class SourcesConfig(Settings):
+    """Other unsupervised proposals than merge trees: those that target.source names (Table 1's baselines)."""
+
+    tokencut: TokenCutConfig = TokenCutConfig()
+    dsm: DeepSpectralConfig = DeepSpectralConfig()
+    freemask: FreeMaskConfig = FreeMaskConfig()
+
+
+class ClassicalConfig(Settings):
+    """The methods of Table 1 that are not deep. What their authors did not publish is shared by all and not tuned."""
+
+    seed_radius: float = Field(5.0, ge=0)  # pixels around a click that count as clicked; chosen on GrabCut
+    frame: bool = True  # the outermost pixels are background until the first negative click; chosen on GrabCut
+    gamma: float = Field(150.0, ge=0)  # smoothness of GraphCut, GSC and ESC (Gulshan et al.)
+    beta: float = Field(130.0, gt=0)  # contrast of Random Walk's edges (scikit-image's default; Grady: 90)
 
 
 class ClickConfig(Settings):
@@ -201,20 +256,35 @@ class EvalConfig(Settings):
     zoom_recompute_iou: float = Field(0.5, ge=0, le=1)
 
 
+ROBOT_SETTINGS = ("target_iou", "max_clicks", "min_clicks", "fixed_clicks")  # the other eval.* say how to ask a model
+
+
 class Run(Settings):
     """Everything that decides a result. `Run()` is MIS as published."""
 
     dataset: str = "sbd"  # training photos
     eval_datasets: tuple[str, ...] = ("grabcut",)
+    method: str = TRAINED  # what answers the clicks: this model, a classical method, or module:class of a ClickModel
     data: DataConfig = DataConfig()
     features: FeaturesConfig = FeaturesConfig()
     sampling: SamplingConfig = SamplingConfig()
     target: TargetConfig = TargetConfig()
+    classical: ClassicalConfig = ClassicalConfig()
+    sources: SourcesConfig = SourcesConfig()
     clicks: ClickConfig = ClickConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _method_is_known(self) -> "Run":
+        if self.method not in (TRAINED, *CLASSICAL_METHODS) and not _OWN_METHOD.fullmatch(self.method):
+            raise ValueError(
+                f"method={self.method!r} is none of: {TRAINED}, {', '.join(CLASSICAL_METHODS)}, "
+                "nor the module:class of a ClickModel"
+            )
+        return self
 
 
 class Resources(Settings):
@@ -232,7 +302,7 @@ class Resources(Settings):
     log_every: int = Field(10, ge=1)  # steps
     max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
     trials: int | None = Field(None, ge=1)  # rows of a sweep at once; None: as many as the GPUs allow, one without
-    trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step after which a row counts as hung
+    trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step or a click: a row that hangs
 
 
 # What people type for a setting after the paper's symbols.

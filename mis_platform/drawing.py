@@ -1,15 +1,17 @@
 """The figures of an experiment, from finished artifacts: each file name with its matplotlib figure."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mis_platform import figures, jobs, pipeline
+from mis_platform import figures, jobs, pipeline, report
 from mis_platform.comparison import Comparison, Outcome
 from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import read_image
+from mis_platform.data.proposals import ProposalReader
 from mis_platform.data.trees import TreeReader
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.evaluation.predictor import Predictor
@@ -65,22 +67,42 @@ def objects(
     for benchmark in benchmarks:
         size = pipeline.zoom_size_of(benchmark, run)
         predictor = Predictor.from_pretrained(model.local, zoom_size=size, config=run.eval)
-        for rank, figure in enumerate(jobs.draw_objects(benchmark, predictor, clicks[benchmark.name], count)):
+        replay = functools.partial(report.replay, predictor)
+        for rank, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks[benchmark.name], count)):
             drawn[f"{benchmark.name}-object-{rank}.png"] = figure
     return drawn
 
 
-def proposals(benchmark: Dataset, run: Run, resources: Resources, root: Storage, row: str) -> dict[str, Any]:
-    """Merge trees of a few images at several granularities (Figure 5)."""
-    reader = TreeReader(pipeline.trees_stage(benchmark, run, resources).directory(root))
-    known = [image_id for image_id in benchmark.image_ids if image_id in reader][:IMAGES]
+def proposals(benchmark: Dataset, runs: Mapping[str, Run], resources: Resources, root: Storage) -> dict[str, Any]:
+    """A few images with what each source proposes, side by side (Figure 5). runs: by the name of their row.
+
+    Merge trees are drawn at several granularities, other sources with all their masks.
+    """
+    readers = {name: _proposal_reader(benchmark, run, resources, root) for name, run in runs.items()}
+    known = [image_id for image_id in benchmark.image_ids if all(image_id in each for each in readers.values())]
     return {
-        f"{benchmark.name}-{_file(row)}-{number}.png": figures.merge_levels(
-            read_image(benchmark.image_path(image_id)), reader.tree(image_id), REGIONS
+        f"{benchmark.name}-{number}.png": figures.proposal_panels(
+            read_image(benchmark.image_path(image_id)),
+            {title: labels for name, each in readers.items() for title, labels in _panels(name, each, image_id)},
         )
-        for number, image_id in enumerate(known)
+        for number, image_id in enumerate(known[:IMAGES])
     }
 
 
-def _file(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
+def _proposal_reader(
+    benchmark: Dataset, run: Run, resources: Resources, root: Storage
+) -> TreeReader | ProposalReader:  # fmt: skip
+    ((name, stage),) = pipeline.target_inputs(benchmark, run, resources).items()
+    return (TreeReader if name == "trees" else ProposalReader)(stage.directory(root))
+
+
+def _panels(name: str, reader: TreeReader | ProposalReader, image_id: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(title, int32 [H, W]: number of the region, -1 where there is none)."""
+    if isinstance(reader, ProposalReader):
+        masks = reader.masks(image_id)
+        yield f"{name} ({len(masks)})", figures.paint(masks)
+        return
+    tree, (height, width) = reader.tree(image_id), reader.image_size(image_id)
+    for level in REGIONS:
+        if level <= tree.num_leaves:
+            yield f"{name}, {level} regions", figures.labels_at(tree, level, height, width)

@@ -13,10 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mis_platform.config import Run, flatten, nearest, override, with_values
+from mis_platform.config import TRAINED, Run, flatten, nearest, override, with_values
 
 PAPER_PROFILE = "paper"  # the only profile whose numbers may be measured against the paper's
 Measure = Literal["clicks", "overlap"]
+
+# Settings of SimpleClick's training on labels (models/iter_mask/plainvit_base448_sbd_itermask.py); schedule as MIS's.
+SUPERVISED = {
+    "target.source": "labels",
+    "train.loss": "normalized_focal",
+    "train.smooth_weight": 0,
+    "augment.color_augmentation": False,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,12 @@ class Row:
     pretraining: Run | None = None  # start from the model of this run (fine-tuning, Table 2)
     quoted: str = ""  # where the numbers come from, for a row that does not run here
     against: str = ""  # the row that it is compared with, where that is not the experiment's default
+
+    def seeds(self, asked: int) -> int:
+        """How often it is run: a method without training answers the same every time."""
+        if self.quoted:
+            return 0
+        return asked if self.run.method == TRAINED else 1
 
 
 @dataclass(frozen=True)

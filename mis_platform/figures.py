@@ -72,10 +72,43 @@ def merge_levels(image: np.ndarray, tree: MergeTree, levels: Sequence[int] = (2,
     axes[0].set_title("photo")
     for panel, level in zip(axes[1:], levels):
         grid = regions_at(tree, level)
-        labels = cv2.resize(grid, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
+        labels = labels_at(tree, level, *image.shape[:2])
         panel.imshow(_fill_with_mean(image, labels))
         _outline_regions(panel, grid, image.shape[0], image.shape[1])
         panel.set_title(f"{level} regions")
+    return figure
+
+
+def labels_at(tree: MergeTree, level: int, height: int, width: int) -> np.ndarray:
+    """int32 [height, width] in pixels: which of the `level` regions each pixel belongs to."""
+    return cv2.resize(regions_at(tree, level), (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+def paint(masks: np.ndarray) -> np.ndarray:
+    """Masks bool [K, H, W] as one map int32 [H, W] of their numbers, small ones over large ones, -1 where none is."""
+    labels = np.full(masks.shape[1:], -1, np.int32)
+    for number in np.argsort(-masks.sum(axis=(1, 2)), kind="stable"):
+        labels[masks[number]] = number
+    return labels
+
+
+DIMMED = 0.35  # brightness of what no proposal covers
+
+
+def proposal_panels(image: np.ndarray, panels: Mapping[str, np.ndarray]) -> Figure:
+    """The photo, then for each title its regions in their mean colours and outlined; dimmed where there is none.
+
+    image: uint8 [H, W, 3]; panels: title -> int32 [H, W], the number of the region or -1.
+    """
+    figure, axes = _panels(1 + len(panels), *image.shape[:2])
+    axes[0].imshow(image)
+    axes[0].set_title("photo")
+    for panel, (title, labels) in zip(axes[1:], panels.items()):
+        filled = _fill_with_mean(image, labels + 1)
+        filled[labels < 0] = (DIMMED * image[labels < 0]).astype(np.uint8)
+        panel.imshow(filled)
+        _outline_regions(panel, labels, *image.shape[:2])
+        panel.set_title(title)
     return figure
 
 

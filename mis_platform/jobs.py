@@ -4,8 +4,12 @@ One MLflow run is one model under one click protocol: training fills in the loss
 pictures. The same model and protocol always find the same MLflow run again.
 """
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from mis_platform import figures, pipeline, report, tracking
 from mis_platform.artifacts import MANIFEST, Stage, ensure, read_manifest, sha256
@@ -15,7 +19,9 @@ from mis_platform.data.images import read_image
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
 from mis_platform.model.weights import read_config
+from mis_platform.simulation.clicks import Click
 from mis_platform.stages.cluster import cluster
+from mis_platform.stages.evaluate import build_click_model
 from mis_platform.storage import Storage
 
 EXPERIMENT = "mis"
@@ -88,22 +94,57 @@ def evaluate(
     return scores
 
 
-def score_proposals(
-    benchmarks: Sequence[Dataset], run: Run, resources: Resources, root: Storage, experiment: str = EXPERIMENT
-) -> str:
-    """The table of best overlaps: how well the merge trees could name each benchmark's objects, without training."""
+def evaluate_method(
+    benchmarks: Sequence[Dataset],
+    run: Run,
+    resources: Resources,
+    root: Storage,
+    experiment: str = EXPERIMENT,
+    name: str | None = None,
+    pictures: int = PICTURES,
+    parent: str | None = None,
+) -> list[report.Score]:
+    """As `evaluate`, for run.method other than the trained model."""
     for benchmark in benchmarks:
         _require_masks(benchmark)
-    overlaps: list[tuple[str, dict[str, Any]]] = []
-    name = f"proposals {run.features.extractor}"
+    stages = [pipeline.method_clicks_stage(benchmark, run, resources) for benchmark in benchmarks]
+    scores = []
+    name, answering = name or run.method, pipeline.method_fingerprint(run)
+    with record(root, experiment, name, answering, run, resources, parent) as tracker:
+        for benchmark, stage in zip(benchmarks, stages, strict=True):
+            clicks = finish(stage, root)
+            score = report.read_score(clicks, name)
+            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+            _log_score(tracker, score, clicks)
+            model = build_click_model(run.method, run.classical)
+            replay = functools.partial(report.replay_answers, model, run.eval.threshold)
+            for rank, figure in enumerate(draw_objects(benchmark, replay, clicks, pictures)):
+                tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
+            scores.append(score)
+        tracker.log_text(report.summary_table(scores, markdown=True), "noc.md")
+    return scores
+
+
+def score_proposals(
+    benchmarks: Sequence[Dataset],
+    runs: Sequence[Run],
+    resources: Resources,
+    root: Storage,
+    experiment: str = EXPERIMENT,
+) -> str:
+    """The table of best overlaps: how well the proposals of each run could name the objects, without training."""
     for benchmark in benchmarks:
+        _require_masks(benchmark)
+    overlaps: list[tuple[str, str, dict[str, Any]]] = []
+    for benchmark, run in itertools.product(benchmarks, runs):
+        name = f"proposals {run.target.source} {run.features.extractor}"
         stage = pipeline.overlap_stage(benchmark, run, resources)
         with record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
             tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
-        overlaps.append((benchmark.name, about))
+        overlaps.append((run.target.source, benchmark.name, about))
     return report.overlap_table(overlaps)
 
 
@@ -188,11 +229,15 @@ def _draw_objects(
     predictor = Predictor.from_pretrained(
         model.local, zoom_size=pipeline.zoom_size_of(benchmark, run), config=run.eval
     )  # fmt: skip
-    for rank, figure in enumerate(draw_objects(benchmark, predictor, clicks, count)):
+    replay = functools.partial(report.replay, predictor)
+    for rank, figure in enumerate(draw_objects(benchmark, replay, clicks, count)):
         tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
 
 
-def draw_objects(benchmark: Dataset, predictor: Predictor, clicks: Storage, count: int = PICTURES) -> list[Any]:
+Replay = Callable[[np.ndarray, list[Click]], list[np.ndarray]]  # photo and clicks -> the mask after each click
+
+
+def draw_objects(benchmark: Dataset, replay: Replay, clicks: Storage, count: int = PICTURES) -> list[Any]:
     """Figures of `count` objects, evenly spread from the one that took the fewest clicks to the one that took most."""
     table = report.read_table(clicks)
     needed: dict[tuple[str, str], int] = {}
@@ -200,11 +245,11 @@ def draw_objects(benchmark: Dataset, predictor: Predictor, clicks: Storage, coun
         needed[image_id, object_id] = needed.get((image_id, object_id), 0) + 1
     ranked = sorted(needed, key=lambda key: (needed[key], key))
     places = sorted({round(k * (len(ranked) - 1) / max(count - 1, 1)) for k in range(count)})
-    return [_draw_object(benchmark, predictor, table, *ranked[place]) for place in places]
+    return [_draw_object(benchmark, replay, table, *ranked[place]) for place in places]
 
 
-def _draw_object(benchmark: Dataset, predictor: Predictor, table: Any, image_id: str, object_id: str) -> Any:
+def _draw_object(benchmark: Dataset, replay: Replay, table: Any, image_id: str, object_id: str) -> Any:
     image = read_image(benchmark.image_path(image_id))
     target = next(each.mask for each in benchmark.read_objects(image_id) if each.object_id == object_id)
     made, ious = report.clicks_on(table, image_id, object_id)
-    return figures.clicks_and_masks(image, target, made, report.replay(predictor, image, made), ious)
+    return figures.clicks_and_masks(image, target, made, replay(image, made), ious)

@@ -5,19 +5,24 @@ not in its identity: four values of alpha share one set of trees.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mis_platform.artifacts import MANIFEST, Stage, read_manifest, sha256
-from mis_platform.config import Resources, Run, plain
+from mis_platform.baselines.sources import source_settings
+from mis_platform.config import Resources, Run, fingerprint, plain
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
+from mis_platform.evaluation.protocol import robot_settings
 from mis_platform.model.features import weights_digest
 from mis_platform.model.weights import fetch_mae
 from mis_platform.stages import evaluate, initial, precompute, train
+from mis_platform.stages.products import SourceProposals
 from mis_platform.storage import Storage
+
+TARGETS = ("trees", "proposals")  # names of the stages that make what a training learns to segment
 
 OnMetrics = Callable[[int, dict[str, float]], None]
 
@@ -41,6 +46,37 @@ def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
     )
 
 
+def proposals_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
+    """Proposals of run.target.source (TokenCut, DSM, FreeMask) for all photos of `dataset`, from the same features."""
+    product = SourceProposals(run.target.source, run.sources)
+    features = plain(run.features) | {"weights": weights_digest(run.features)}
+    return Stage(
+        name=product.name,
+        version=precompute.VERSION,
+        config={
+            "dataset": dataset.digest(),
+            "data": plain(run.data),
+            "features": features,
+            "source": product.source,
+            "settings": source_settings(product.source, run.sources),
+        },
+        run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out, product),
+    )
+
+
+def target_inputs(dataset: Dataset, run: Run, resources: Resources) -> dict[str, Stage]:
+    """What a training learns to segment, by the name of its stage; nothing for labels."""
+    if run.target.source == "labels":
+        return {}
+    make = trees_stage if run.target.source == "tree" else proposals_stage
+    stage = make(dataset, run, resources)
+    return {stage.name: stage}
+
+
+def _first(given: Mapping[str, Storage], names: Iterable[str]) -> Storage | None:
+    return next((given[name] for name in names if name in given), None)
+
+
 def checkpoint_stage(
     dataset: Dataset, run: Run, resources: Resources, on_metrics: OnMetrics, pretraining: Stage | None = None
 ) -> Stage:
@@ -49,7 +85,7 @@ def checkpoint_stage(
     pretraining: a stage that leaves a model, which is the start of this training instead of model.init (Table 2).
     Raises DataError when target.source=labels and `dataset` has none, ValueError for a pretraining of another variant.
     """
-    inputs = {"trees": trees_stage(dataset, run, resources)} if run.target.source == "tree" else {}
+    inputs = target_inputs(dataset, run, resources)
     if pretraining is not None:
         _check_variant(run, pretraining)
         inputs["pretraining"] = pretraining
@@ -61,7 +97,7 @@ def checkpoint_stage(
         config=groups | _target_identity(dataset, run) | {"model": model},
         inputs=inputs,
         run=lambda given, out: train.train(
-            dataset, run, given.get("trees"), resources, out, on_metrics, given.get("pretraining")
+            dataset, run, _first(given, TARGETS), resources, out, on_metrics, given.get("pretraining")
         ),
     )
 
@@ -97,15 +133,46 @@ def clicks_stage(dataset: Dataset, run: Run, resources: Resources, model: Stage 
     )
 
 
+def method_clicks_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
+    """As `clicks_stage`, for a run whose `method` is another than the trained model."""
+    config = {
+        "dataset": dataset.digest(masks=True),
+        "eval": robot_settings(run.eval),
+        "method": evaluate.method_identity(run.method, run.classical),
+    }
+    return Stage(
+        name=f"clicks/{dataset.name}",
+        version=evaluate.VERSION,
+        config=config,
+        run=lambda inputs, out: evaluate.evaluate_method(dataset, run.method, run.classical, run.eval, resources, out),
+    )
+
+
 def overlap_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
-    """The best IoU that any node of the trees reaches on each benchmark object: proposal quality without training."""
+    """The best IoU that any proposal reaches on each benchmark object: their quality without training.
+
+    Raises ValueError for target.source=labels.
+    """
+    if run.target.source == "labels":
+        raise ValueError("labels are no proposals: --proposals needs another target.source")
+    inputs = target_inputs(dataset, run, resources)
     return Stage(
         name=f"overlap/{dataset.name}",
-        version=evaluate.VERSION,
+        version=evaluate.OVERLAP_VERSION,
         config={"dataset": dataset.digest(masks=True)},
-        inputs={"trees": trees_stage(dataset, run, resources)},
-        run=lambda inputs, out: evaluate.evaluate_proposals(dataset, inputs["trees"], resources, out),
+        inputs=inputs,
+        run=lambda given, out: evaluate.evaluate_proposals(dataset, _only(given), "trees" in given, resources, out),
     )
+
+
+def _only(given: Mapping[str, Storage]) -> Storage:
+    (storage,) = given.values()
+    return storage
+
+
+def method_fingerprint(run: Run) -> str:
+    """In place of a training's fingerprint, for a run whose `method` needs no training."""
+    return fingerprint(evaluate.method_identity(run.method, run.classical))
 
 
 def zoom_size_of(dataset: Dataset, run: Run) -> int:
@@ -158,6 +225,8 @@ def _target_identity(dataset: Dataset, run: Run) -> dict[str, Any]:
     """
     if run.target.source == "tree":  # addresses of unsupervised models are older than `target`, and stay
         return {"sampling": plain(run.sampling)}
+    if run.target.source != "labels":
+        return {"target": {"source": run.target.source}}  # the proposals themselves are an input
     unused = {"subset_seed"} if run.target.subset == "first" else set()
     target = {name: value for name, value in plain(run.target).items() if name not in unused}
     return {"target": target, "dataset": labelled_subset(dataset, run.target).digest(masks=True)}

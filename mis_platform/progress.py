@@ -1,11 +1,27 @@
 """Progress for people: one line that is rewritten on a terminal, one line every ten seconds elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2
+
+
+_listener: ContextVar[Callable[[], None] | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def heard_by(listener: Callable[[], None]) -> Iterator[None]:
+    """`listener` is called whenever a Progress of this thread has got on: what still says so does not hang."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 class Progress:
@@ -20,9 +36,13 @@ class Progress:
         self.stream = stream or sys.stderr
         self.began = time.monotonic()
         self.printed = 0.0
+        self.said: tuple[int, str] | None = None
 
     def update(self, done: int, note: str = "") -> None:
         """done: units finished so far, of all attempts; note: a few words, e.g. the loss."""
+        if self.said != (done, note) and (listener := _listener.get()) is not None:
+            listener()
+        self.said = done, note
         was_done, self.done = self.done >= self.total, done
         now = time.monotonic()
         pause = SECONDS_BETWEEN_REDRAWS if self.stream.isatty() else SECONDS_BETWEEN_LINES

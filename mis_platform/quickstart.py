@@ -5,6 +5,7 @@ merge trees, a short training, the scores of the untrained and of the trained mo
 is a demonstration: SimpleClick's smallest model, trained from scratch for minutes on a handful of photos.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -118,7 +119,8 @@ def _draw(
     assert models[1].local is not None
     predictor = Predictor.from_pretrained(models[1].local, config=run.eval)
     clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, models[1]), root)
-    for k, figure in enumerate(jobs.draw_objects(benchmark, predictor, clicks, DRAWN)):
+    replay = functools.partial(report.replay, predictor)
+    for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks, DRAWN)):
         drawn[f"clicks-{k}.png"] = figure
     for name, figure in drawn.items():
         (folder / name).write_bytes(figures.to_png(figure))

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest, sha256
-from mis_platform.config import differences
+from mis_platform.config import ROBOT_SETTINGS, differences, plain
+from mis_platform.evaluation.click_model import ClickModel
 from mis_platform.evaluation.noc import Summary, iou_table, keep_last, summarize, text_table
 from mis_platform.simulation.clicks import Click
 from mis_platform.storage import Storage
@@ -119,6 +120,17 @@ def replay(predictor: "Predictor", image: np.ndarray, clicks: Iterable[Click]) -
     return [predictor.click(*click).mask for click in clicks]
 
 
+def replay_answers(
+    model: ClickModel, threshold: float, image: np.ndarray, clicks: Sequence[Click]
+) -> list[np.ndarray]:  # fmt: skip
+    """As `replay`, of a ClickModel, whose mask is its answer above `threshold`."""
+    model.set_image(image)
+    answers = [np.zeros(image.shape[:2], np.float32)]
+    for count in range(1, len(clicks) + 1):
+        answers.append(model.predict(tuple(clicks[:count]), answers[-1]))
+    return [answer > threshold for answer in answers[1:]]
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -148,15 +160,17 @@ def published_table(scores: Sequence[Score]) -> str:
     return text_table([(score.model, score.summary) for score in scores])
 
 
-def overlap_table(overlaps: Sequence[tuple[str, Mapping[str, Any]]], markdown: bool = False) -> str:
-    """How well merge trees could name the objects. overlaps: (data set, summary of its `overlap` artifact)."""
-    header = ["data set", "objects", "mean best IoU", "median", "above .5", "above .7", "above .85", "left out"]
+def overlap_table(overlaps: Sequence[tuple[str, str, Mapping[str, Any]]], markdown: bool = False) -> str:
+    """How well proposals could name the objects. overlaps: (source, data set, summary of its `overlap` artifact)."""
+    header = ["proposals", "data set", "objects", "mean best IoU", "median", "above .5", "above .7", "above .85"]
+    header += ["per photo", "median size", "left out"]
     shares = ("share_above_0.5", "share_above_0.7", "share_above_0.85")
     rows = [
-        [dataset, str(about["objects"]), f"{about['mean_best_overlap']:.3f}", f"{about['median_best_overlap']:.3f}"]
+        [source, dataset, str(about["objects"])]
+        + [f"{about[name]:.3f}" for name in ("mean_best_overlap", "median_best_overlap")]
         + [f"{about[share]:.1%}" for share in shares]
-        + [str(len(about["excluded"]))]
-        for dataset, about in overlaps
+        + [f"{about['proposals']:.1f}", f"{about['median_proposal_area']:.1%}", str(len(about["excluded"]))]
+        for source, dataset, about in overlaps
     ]
     return markdown_table([header, *rows]) if markdown else plain_table([header, *rows])
 
@@ -170,15 +184,32 @@ def check_protocols(scores: Sequence[Score]) -> None:
         one, other = dict(first.protocol), dict(second.protocol)
         if (first.summary.dataset == "davis") != (second.summary.dataset == "davis"):
             for protocol in (one, other):
-                del protocol["zoom_size"], protocol["fingerprint"]
-        if one != other:
-            for protocol in (one, other):
+                protocol.pop("zoom_size", None)
                 protocol.pop("fingerprint", None)
-            changed = list(differences(one, other))
+        if changed := protocol_differences(one, other):
             raise ValueError(
                 f"{first.model} on {first.summary.dataset} and {second.model} on {second.summary.dataset} were scored "
-                f"under different protocols and do not compare: {'; '.join(changed) or 'rules of another version'}"
+                f"under different protocols and do not compare: {'; '.join(changed)}"
             )
+
+
+OWN_FAMILY = "simpleclick"
+
+
+def protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs between two protocols that has to be the same; nothing for scores that may share a table.
+
+    A family of models (the entry `family`; none is SimpleClick, as in MIS) is asked in its own way: threshold, zoom-in
+    and flips are part of the model. Within a family they must agree, between two of them only the robot's rules.
+    """
+    first, second = plain(dict(one)), plain(dict(other))
+    if first.pop("family", OWN_FAMILY) != second.pop("family", OWN_FAMILY):
+        first, second = ({name: each.get(name) for name in ROBOT_SETTINGS} for each in (first, second))
+    if first == second:
+        return []
+    for protocol in (first, second):
+        protocol.pop("fingerprint", None)
+    return list(differences(first, second)) or ["rules of another version"]
 
 
 def _cells(score: Score, targets: Sequence[float]) -> list[str]:

@@ -30,7 +30,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
 from mis_platform.artifacts import Stage, ensure, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, compare, render
-from mis_platform.config import Resources, Run, fingerprint, plain, with_values
+from mis_platform.config import TRAINED, Resources, Run, fingerprint, plain, with_values
 from mis_platform.data import synthetic
 from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
@@ -86,7 +86,7 @@ class Sweep:
         """One line on what is left: trainings, those that several rows share once, and their images."""
         left: dict[str, Task] = {}
         for task in [*self.tasks, *(_as_pretraining(task) for task in self.tasks if task.row.pretraining)]:
-            if "clicks" in task.measure:
+            if task.is_trained:
                 training = task.training(self.resources)
                 if not training.is_done(self.root):
                     left.setdefault(training.fingerprint, task)
@@ -116,7 +116,7 @@ def prepare(
     experiment = load_experiment(name).with_profile(profile).with_settings(assignments).select(only)
     tasks, refused = [], {}
     for row in experiment.rows:
-        for seed in range(0 if row.quoted else seeds):
+        for seed in range(row.seeds(seeds)):
             try:
                 task = _task(row, seed, experiment.measure, root, data_root)
                 task.fingerprint(resources)  # missing weights and masks show here
@@ -128,7 +128,8 @@ def prepare(
 
 def _task(row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None) -> Task:
     row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
-    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, split="train")
+    is_trained = "clicks" in measure and row.run.method == TRAINED
+    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, split="train") if is_trained else None
     specs = [_benchmark_spec(spec, root, data_root) for spec in row.run.eval_datasets]
     return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root) for spec in specs), measure)
 
@@ -163,6 +164,7 @@ def _wheels(root: Storage) -> synthetic.Material:
 
 def _images(task: Task) -> int:
     """Images that a training sees; photos that may be refused count."""
+    assert task.photos is not None, "only a row that is trained has images"
     labelled = task.run.target.source == "labels"
     photos = labelled_subset(task.photos, task.run.target) if labelled else task.photos
     return Schedule(len(photos), task.run.train).total_steps * task.run.train.batch_size
@@ -208,12 +210,12 @@ def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
     failures: dict[str, str] = {}
     shared: dict[str, str] = {}  # fingerprint -> why it failed
     for task in tasks:
-        for stage in _shared(task, sweep.resources):
+        for stage in _shared(task, sweep.root, sweep.resources):
             if stage.fingerprint not in shared:
                 shared[stage.fingerprint] = _attempt(stage, sweep.root)
             if shared[stage.fingerprint]:
                 failures[_key(task)] = f"{stage.name}: {shared[stage.fingerprint]}"
-    able = [task for task in tasks if _key(task) not in failures and "clicks" in task.measure]
+    able = [task for task in tasks if _key(task) not in failures and task.is_trained]
     failures |= _pretrain(sweep, [task for task in able if task.row.pretraining is not None])
     able = [task for task in able if _key(task) not in failures]
     return failures | _fan_out(sweep, _by_training(able, sweep.resources))
@@ -231,12 +233,12 @@ def _key(task: Task) -> str:
     return f"{task.row.name}/{task.seed}"
 
 
-def _shared(task: Task, resources: Resources) -> list[Stage]:
-    """What is made before the fan-out: trees, and the overlaps of the benchmarks' own trees."""
+def _shared(task: Task, root: Storage, resources: Resources) -> list[Stage]:
+    """What is made before the fan-out: trees or proposals, overlaps, and the clicks of methods without training."""
     stages = task.overlaps(resources) if "overlap" in task.measure else []
-    if "clicks" in task.measure:
-        stages += [stage for stage in walk(task.training(resources)) if stage.name == "trees"]
-    return stages
+    if task.is_trained:
+        return stages + [stage for stage in walk(task.training(resources)) if stage.name in pipeline.TARGETS]
+    return stages + (task.clicks(root, resources) if "clicks" in task.measure else [])
 
 
 def _attempt(stage: Stage, root: Storage) -> str:
@@ -379,7 +381,7 @@ def _parent(sweep: Sweep) -> tracking.Tracker:
 
 def _child(sweep: Sweep, task: Task) -> tracking.Tracker:
     """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it."""
-    model = task.training(sweep.resources).fingerprint
+    model = task.model(sweep.resources)
     return jobs.record(sweep.root, sweep.name, task.name, model, task.run, sweep.resources, sweep.fingerprint)
 
 
@@ -395,11 +397,13 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
     marker = f"recorded/{store}"
     if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
         return
-    if "clicks" in task.measure:
-        run, resources, root, parent = task.run, sweep.resources, sweep.root, sweep.fingerprint
+    run, resources, root, parent = task.run, sweep.resources, sweep.root, sweep.fingerprint
+    if task.photos is not None:
         start = task.pretraining(resources)
         model = jobs.train(task.photos, run, resources, root, sweep.name, start, task.name, parent)
         jobs.evaluate(task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, parent)
+    elif "clicks" in task.measure:
+        jobs.evaluate_method(task.benchmarks, run, resources, root, sweep.name, task.name, PICTURES, parent)
     with _scores_run(sweep, task) as tracker:
         tracker.set_tags(about)
         tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
@@ -450,7 +454,9 @@ OWN_LICENCE = "trained from random weights on the photos of the run; only their 
 
 def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracker) -> None:
     """The row with the least NoC@90 on its first benchmark becomes a version of the registered model `mis-NAME`."""
+    trained = {task.row.name for task in sweep.tasks if task.is_trained}
     known = [cell for cell in comparison.cells if cell.metric == "noc90" and cell.mean is not None]
+    known = [cell for cell in known if cell.row in trained]
     known = [cell for cell in known if cell.dataset == known[0].dataset]
     if not known:
         return
@@ -486,7 +492,7 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
         if row.quoted:
             found.append(Outcome(row, 0, "quoted", row.quoted, {}, {}, {}))
             continue
-        for seed in range(sweep.seeds):
+        for seed in range(row.seeds(sweep.seeds)):
             task = by_key.get((row.name, seed))
             reason = sweep.refused.get((row.name, seed)) or failures.get(f"{row.name}/{seed}", "")
             if task is not None and task.is_done(sweep.root, sweep.resources):
@@ -499,8 +505,7 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
 def _outcome(sweep: Sweep, task: Task) -> Outcome:
     ious, protocols, overlaps = {}, {}, {}
     if "clicks" in task.measure:
-        model = task.training(sweep.resources).directory(sweep.root)
-        for dataset, stage in zip(task.benchmarks, task.clicks(model, sweep.resources), strict=True):
+        for dataset, stage in zip(task.benchmarks, task.clicks(sweep.root, sweep.resources), strict=True):
             directory = stage.directory(sweep.root)
             protocol = read_manifest(directory)["summary"]["protocol"]
             ious[dataset.name] = iou_table(report.read_table(directory), protocol["max_clicks"])
@@ -537,11 +542,12 @@ def _made(sweep: Sweep, task: Task) -> list[Stage]:
     stages: list[Stage] = []
     if "overlap" in task.measure:
         stages += [needed for stage in task.overlaps(sweep.resources) for needed in walk(stage)]
+    if task.is_trained:
+        stages += walk(training := task.training(sweep.resources))
+        if not training.is_done(sweep.root):
+            return [stage for stage in stages if stage.is_done(sweep.root)]
     if "clicks" in task.measure:
-        training = task.training(sweep.resources)
-        stages += walk(training)
-        if training.is_done(sweep.root):
-            stages += task.clicks(training.directory(sweep.root), sweep.resources)
+        stages += task.clicks(sweep.root, sweep.resources)
     return [stage for stage in stages if stage.is_done(sweep.root)]
 
 
@@ -552,19 +558,18 @@ def draw(sweep: Sweep, comparison: Comparison, found: Sequence[Outcome]) -> dict
     if kind == "curves":
         return drawing.curves(found)
     if kind == "objects":
-        return {name: figure for task in done[:1] for name, figure in _draw_objects(sweep, task).items()}
+        trained = [task for task in done if task.is_trained]
+        return {name: figure for task in trained[:1] for name, figure in _draw_objects(sweep, task).items()}
     if kind == "proposals":
-        pairs = [(task, dataset) for task in done for dataset in task.benchmarks]
-        return {
-            name: figure
-            for task, dataset in pairs
-            for name, figure in drawing.proposals(dataset, task.run, sweep.resources, sweep.root, task.row.name).items()
-        }
+        runs = {task.row.name: task.run for task in done if task.seed == 0}
+        benchmarks = {dataset.name: dataset for task in done for dataset in task.benchmarks}.values()
+        sheets = [drawing.proposals(dataset, runs, sweep.resources, sweep.root) for dataset in benchmarks]
+        return {name: figure for sheet in sheets for name, figure in sheet.items()}
     return drawing.bars(comparison)
 
 
 def _draw_objects(sweep: Sweep, task: Task) -> dict[str, Any]:
     model = task.training(sweep.resources).directory(sweep.root)
-    directories = [stage.directory(sweep.root) for stage in task.clicks(model, sweep.resources)]
+    directories = [stage.directory(sweep.root) for stage in task.clicks(sweep.root, sweep.resources)]
     clicks = dict(zip((dataset.name for dataset in task.benchmarks), directories, strict=True))
     return drawing.objects(task.benchmarks, model, clicks, task.run)

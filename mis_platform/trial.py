@@ -13,9 +13,10 @@ from ray import tune
 
 from mis_platform import pipeline
 from mis_platform.artifacts import Stage, ensure
-from mis_platform.config import Resources, Run, fingerprint, override, plain
+from mis_platform.config import TRAINED, Resources, Run, fingerprint, override, plain
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.experiment import Row
+from mis_platform.progress import heard_by
 from mis_platform.storage import Storage
 
 
@@ -25,7 +26,7 @@ class Task:
 
     row: Row
     seed: int
-    photos: Dataset
+    photos: Dataset | None  # None: nothing is trained
     benchmarks: tuple[Dataset, ...]
     measure: tuple[str, ...]
 
@@ -41,12 +42,23 @@ class Task:
         run = self.row.pretraining
         if run is None:
             return None
+        assert self.photos is not None, "only a row that is trained has a pretraining"
         return pipeline.checkpoint_stage(self.photos, seeded(run, self.seed), resources, lambda step, metrics: None)
 
     def training(self, resources: Resources, on_metrics: pipeline.OnMetrics = lambda step, metrics: None) -> Stage:
+        assert self.photos is not None, f"{self.row.name} is not trained"
         return pipeline.checkpoint_stage(self.photos, self.run, resources, on_metrics, self.pretraining(resources))
 
-    def clicks(self, model: Storage, resources: Resources) -> list[Stage]:
+    @property
+    def is_trained(self) -> bool:
+        """Whether clicks are answered by a model that this row trains; else by a method that needs no training."""
+        return "clicks" in self.measure and self.run.method == TRAINED
+
+    def clicks(self, root: Storage, resources: Resources) -> list[Stage]:
+        """The evaluations, once the model is trained."""
+        if not self.is_trained:
+            return [pipeline.method_clicks_stage(each, self.run, resources) for each in self.benchmarks]
+        model = self.training(resources).directory(root)
         return [pipeline.clicks_stage(each, self.run, resources, model) for each in self.benchmarks]
 
     def overlaps(self, resources: Resources) -> list[Stage]:
@@ -54,18 +66,21 @@ class Task:
 
     def is_done(self, root: Storage, resources: Resources) -> bool:
         stages = self.overlaps(resources) if "overlap" in self.measure else []
+        if self.is_trained and not self.training(resources).is_done(root):
+            return False
         if "clicks" in self.measure:
-            training = self.training(resources)
-            if not training.is_done(root):
-                return False
-            stages = stages + self.clicks(training.directory(root), resources)
+            stages = stages + self.clicks(root, resources)
         return all(stage.is_done(root) for stage in stages)
 
     def fingerprint(self, resources: Resources) -> str:
         """That of the MLflow run: the model and the protocol it is scored under."""
         if "clicks" not in self.measure:
             return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
-        return fingerprint({"model": self.training(resources).fingerprint, "eval": plain(self.run.eval)})
+        return fingerprint({"model": self.model(resources), "eval": plain(self.run.eval)})
+
+    def model(self, resources: Resources) -> str:
+        """The fingerprint of what answers the clicks: of a training, or of a method."""
+        return self.training(resources).fingerprint if self.is_trained else pipeline.method_fingerprint(self.run)
 
 
 def seeded(run: Run, seed: int) -> Run:
@@ -77,27 +92,26 @@ def seeded(run: Run, seed: int) -> Run:
 def run_trial(config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources) -> None:
     """Train once and score every row of the group.
 
-    The work is done in a thread, so that a training without a sign of life for resources.trial_silence seconds ends
-    as a failed row instead of holding the sweep up for ever.
+    The work is done in a thread, so that a trial without a sign of life for resources.trial_silence seconds ends as a
+    failed row instead of holding the sweep up for ever. Signs are training steps and clicks.
     """
     tasks = groups[config["group"]]
     signs: queue.Queue[tuple[str, Any]] = queue.Queue()
     threading.Thread(target=_work, args=(tasks, root, resources, signs), daemon=True).start()
-    is_training = True
+    doing = "training"
     while True:
         try:
-            kind, value = signs.get(timeout=resources.trial_silence if is_training else None)
+            kind, value = signs.get(timeout=resources.trial_silence)
         except queue.Empty:
-            raise TimeoutError(
-                f"no training step for {resources.trial_silence:g} seconds (resources.trial_silence)"
-            ) from None
+            silence = f"{resources.trial_silence:g} seconds (resources.trial_silence)"
+            raise TimeoutError(f"the {doing} gave no sign of life for {silence}") from None
         if kind == "metrics":
             tune.report(value)
         elif kind == "trained":
-            is_training = False
+            doing = "evaluation"
         elif kind == "failed":
             raise value
-        else:
+        elif kind == "done":
             return
 
 
@@ -107,12 +121,16 @@ def _work(
     def report_step(step: int, metrics: dict[str, float]) -> None:
         signs.put(("metrics", {"step": step, **metrics}))
 
+    def give_sign() -> None:
+        signs.put(("alive", None))
+
     try:
-        directory = ensure(tasks[0].training(resources, report_step), root)
+        ensure(tasks[0].training(resources, report_step), root)
         signs.put(("trained", None))
         for task in tasks:
-            for stage in task.clicks(directory, resources):
-                ensure(stage, root)
+            for stage in task.clicks(root, resources):
+                with heard_by(give_sign):
+                    ensure(stage, root)
         signs.put(("done", None))
     except BaseException as error:
         signs.put(("failed", error))

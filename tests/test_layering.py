@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mis_platform"
 HEAVY = {
     *("cv2", "matplotlib", "mlflow", "numba", "numpy", "PIL", "pyarrow", "pydantic", "ray", "safetensors"),
-    *("scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "typer"),
+    *("maxflow", "pyamg", "scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "typer"),
 }
 
 # place -> (heavy packages it may import, parts of this package it may import)
@@ -20,14 +20,29 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"cv2", "numpy", "PIL", "safetensors", "timm", "torch", "torchvision"},
         {"config", "errors", "simulation"},
     ),
-    "evaluation": ({"cv2", "numpy", "pyarrow", "torch"}, {"config", "errors", "model", "simulation"}),
+    "evaluation": ({"cv2", "numpy", "pyarrow", "scipy", "torch"}, {"config", "errors", "model", "simulation"}),
     "data": (
         {"cv2", "numpy", "PIL", "pyarrow", "scipy", "skimage", "sklearn", "torch", "torchvision"},
         {"artifacts", "config", "errors", "simulation", "storage"},
     ),
+    "baselines": (
+        {"cv2", "maxflow", "numpy", "pyamg", "scipy", "skimage", "sklearn"},
+        {"config", "data", "evaluation", "simulation"},
+    ),
     "stages": (
         {"cv2", "numpy", "pyarrow", "ray", "torch"},
-        {"artifacts", "config", "data", "errors", "evaluation", "model", "progress", "simulation", "storage"},
+        {
+            "artifacts",
+            "baselines",
+            "config",
+            "data",
+            "errors",
+            "evaluation",
+            "model",
+            "progress",
+            "simulation",
+            "storage",
+        },
     ),
     "config.py": ({"pydantic"}, set()),
     "errors.py": (set(), set()),
@@ -40,18 +55,18 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
     "drawing.py": (
         {"numpy"},
-        {"comparison", "config", "data", "evaluation", "figures", "jobs", "pipeline", "storage"},
+        {"comparison", "config", "data", "evaluation", "figures", "jobs", "pipeline", "report", "storage"},
     ),
     "sweep.py": (
         {"ray"},
         {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
         | {"pipeline", "report", "stages", "storage", "tracking", "trial"},
     ),
-    "trial.py": ({"ray"}, {"artifacts", "config", "data", "experiment", "pipeline", "storage"}),
+    "trial.py": ({"ray"}, {"artifacts", "config", "data", "experiment", "pipeline", "progress", "storage"}),
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},
-        {"artifacts", "comparison", "config", "data", "errors", "experiment", "jobs", "pipeline", "progress"}
+        {"artifacts", "comparison", "config", "data", "errors", "experiment", "jobs", "model", "pipeline", "progress"}
         | {"quickstart", "report", "stages", "storage", "sweep", "tracking"},
     ),
 }

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from mis_platform.progress import Progress, duration
+from mis_platform.progress import Progress, duration, heard_by
 
 
 class Terminal(io.StringIO):
@@ -53,3 +53,13 @@ def test_a_terminal_gets_one_line_that_is_rewritten():
 )
 def test_durations_read_as_people_say_them(seconds, expected):
     assert duration(seconds) == expected
+
+
+def test_a_listener_hears_when_something_got_on_and_only_then():
+    heard = []
+    progress = Progress("clicks", 3, "images", stream=io.StringIO())
+    with heard_by(lambda: heard.append(progress.done)):
+        for done, note in ((0, "1 clicks"), (0, "1 clicks"), (0, "2 clicks"), (1, "2 clicks"), (1, "2 clicks")):
+            progress.update(done, note)
+    progress.update(2)
+    assert len(heard) == 3

@@ -248,7 +248,8 @@ def test_only_davis_may_have_its_own_zoom(tmp_path: Path) -> None:
 def test_overlaps_as_a_table() -> None:
     about = {
         **{"objects": 50, "mean_best_overlap": 0.7654, "median_best_overlap": 0.8, "excluded": ["x"]},
+        **{"proposals": 31.46, "median_proposal_area": 0.1234},
         **{"share_above_0.5": 0.94, "share_above_0.7": 0.7, "share_above_0.85": 0.36},
     }
-    _, _, row = cells(report.overlap_table([("grabcut", about)], markdown=True))
-    assert row == ["grabcut", "50", "0.765", "0.800", "94.0%", "70.0%", "36.0%", "1"]
+    _, _, row = cells(report.overlap_table([("tree", "grabcut", about)], markdown=True))
+    assert row == ["tree", "grabcut", "50", "0.765", "0.800", "94.0%", "70.0%", "36.0%", "31.5", "12.3%", "1"]

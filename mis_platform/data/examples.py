@@ -21,6 +21,7 @@ from mis_platform.config import AugmentConfig, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import ImageRefused, read_image
 from mis_platform.data.labels import choose_target, images_with_objects, labelled_subset, objects_of
+from mis_platform.data.proposals import ProposalReader
 from mis_platform.data.trees import TreeReader
 from mis_platform.simulation.clicks import sample_clicks
 from mis_platform.simulation.proposals import mask_at_image_size
@@ -48,8 +49,8 @@ class ExampleStream:
     """The training examples of a run, by number."""
 
     dataset: Dataset
-    trees: Storage | None  # a finished trees artifact; None: targets are labelled objects
-    image_ids: tuple[str, ...]  # photos that have a tree, or an object
+    proposals: Storage | None  # a finished trees or proposals artifact; None: targets are labelled objects
+    image_ids: tuple[str, ...]  # photos that have a tree, a proposal or an object
     run: Run
 
     def visit(self, number: int) -> tuple[int, str]:
@@ -67,10 +68,10 @@ class ExampleStream:
         _, image_id = self.visit(number)
         rng = generator(run.train.seed, EXAMPLE, number)
         image = self._read(image_id)
-        if self.trees is None:
+        if self.proposals is None:
             objects = objects_of(self.dataset, image_id)
         else:
-            objects = (self._draw_mask(self.trees, image_id, image.shape[:2], rng),)
+            objects = (self._draw_mask(self.proposals, image_id, image.shape[:2], rng),)
         crop, moved = augment(image, objects, run.model.image_size, run.augment, rng)
         target = choose_target(moved, rng)
         points = sample_clicks(target.mask, rng, run.clicks, target.other, target.parts)
@@ -89,14 +90,18 @@ class ExampleStream:
         made = [self.example(int(number)) for number in rows["number"]]
         return {name: np.stack(column) for name, column in zip(Example._fields, zip(*made), strict=True)}
 
-    def _draw_mask(self, trees: Storage, image_id: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """A proposal at image size, bool [H, W]."""
-        reader = _reader(trees)
+    def _draw_mask(
+        self, proposals: Storage, image_id: str, size: tuple[int, int], rng: np.random.Generator
+    ) -> np.ndarray:
+        """A proposal at image size, bool [H, W]: of a tree by Algorithm 2, else any of the photo's masks."""
+        reader = _reader(proposals, self.run.target.source)
         if reader.image_size(image_id) != size:
             raise ValueError(
                 f"photo {image_id!r} is {size[0]}x{size[1]} pixels (height x width), but was "
-                "{}x{} when its tree was made; run mis precompute again".format(*reader.image_size(image_id))
+                "{}x{} when its proposals were made; run mis precompute again".format(*reader.image_size(image_id))
             )
+        if isinstance(reader, ProposalReader):
+            return reader.mask(image_id, int(rng.integers(reader.count(image_id))))
         sampling = self.run.sampling
         proposal = draw_proposal(
             reader.tree(image_id),
@@ -109,25 +114,27 @@ class ExampleStream:
         return mask_at_image_size(proposal.mask, *size)
 
 
-def open_stream(dataset: Dataset, trees: Storage | None, run: Run) -> ExampleStream:
-    """The examples of `run` on the photos of `dataset` that have a tree (refused ones have none).
+def open_stream(dataset: Dataset, proposals: Storage | None, run: Run) -> ExampleStream:
+    """The examples of `run` on the photos of `dataset` that have a proposal (refused ones have none).
 
-    trees: None for target.source=labels; then on the photos of the labelled subset that have an object.
+    proposals: None for target.source=labels; then on the photos of the labelled subset that have an object.
     Raises ValueError when no photo has one, or the artifact is damaged; DataError for masks that are missing or cannot
     be read, ImageRefused for a labelled photo that is no usable file.
     """
     if run.target.source == "labels":
         subset = labelled_subset(dataset, run.target)
         return ExampleStream(subset, None, images_with_objects(subset, run.data), run)
-    assert trees is not None, "proposals come from trees"
-    reader = _reader(trees)
+    assert proposals is not None, "only labels need no proposals"
+    reader = _reader(proposals, run.target.source)
     image_ids = tuple(image_id for image_id in dataset.image_ids if image_id in reader)
+    if isinstance(reader, ProposalReader):  # a method may find nothing in a photo
+        image_ids = tuple(image_id for image_id in image_ids if reader.count(image_id))
     if not image_ids:
         raise ValueError(
-            f"none of the {len(dataset.image_ids)} photos of {dataset.name} has a tree in {trees}; "
+            f"none of the {len(dataset.image_ids)} photos of {dataset.name} has a proposal in {proposals}; "
             "its quarantine file says why"
         )
-    return ExampleStream(dataset, trees, image_ids, run)
+    return ExampleStream(dataset, proposals, image_ids, run)
 
 
 def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
@@ -136,8 +143,8 @@ def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
 
 
 @functools.lru_cache(maxsize=1)  # a process makes examples of one run at a time
-def _reader(trees: Storage) -> TreeReader:
-    return TreeReader(trees)
+def _reader(proposals: Storage, source: str) -> TreeReader | ProposalReader:
+    return TreeReader(proposals) if source == "tree" else ProposalReader(proposals)
 
 
 @functools.lru_cache(maxsize=4)

@@ -28,6 +28,19 @@ TREES = pa.schema(
     metadata={_VERSION_KEY: str(TREES_VERSION).encode()},
 )
 
+# One row per photo: the masks of TokenCut, Deep Spectral Methods or FreeMask. A method may find none.
+PROPOSALS = pa.schema(
+    _required(
+        ("image_id", pa.string()),
+        ("image_height", pa.int32()),  # pixels, after EXIF rotation
+        ("image_width", pa.int32()),
+        ("scores", _list_of(pa.float32())),  # K values: the method's confidence in each mask, 1 if it has none
+        ("areas", _list_of(pa.int32())),  # K values: pixels
+        # K lists of run lengths as in uncompressed RLE of COCO: column by column, zeros and ones in turn, zeros first.
+        ("masks", _list_of(_list_of(pa.int32()))),
+    )
+)
+
 # One row per image that was refused.
 QUARANTINE = pa.schema(
     _required(
@@ -54,15 +67,17 @@ CLICKS = pa.schema(
     )
 )
 
-# One row per benchmark object: how well the tree of its photo could name it.
+# One row per benchmark object: how well the proposals of its photo could name it.
 OVERLAPS = pa.schema(
     _required(
         ("dataset", pa.string()),
         ("image_id", pa.string()),
         ("object_id", pa.string()),
-        ("best_iou", pa.float32()),  # the best IoU any node reaches, in [0, 1]
-        ("node", pa.int32()),  # the first that reaches it
+        ("best_iou", pa.float32()),  # the best IoU any proposal reaches, in [0, 1]
+        ("node", pa.int32()),  # the first that reaches it: a node of the tree or the number of a mask; -1 for none
         ("area", pa.float32()),  # share of the photo that the object covers
+        ("proposals", pa.int32()),  # of the photo; of a tree, the nodes above the paper's 5 % of its patches
+        ("proposal_area", pa.float32()),  # their median share of the photo; NaN without any
     )
 )
 

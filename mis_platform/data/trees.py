@@ -63,7 +63,8 @@ def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
 def _row(table: pa.Table, k: int) -> dict[str, Any]:
     cells = {name: table[name][k] for name in table.column_names}
     return {
-        name: cell.values.to_numpy() if pa.types.is_list(cell.type) else cell.as_py() for name, cell in cells.items()
+        name: cell.values.to_numpy(zero_copy_only=False) if pa.types.is_list(cell.type) else cell.as_py()
+        for name, cell in cells.items()  # lists of lists cannot share memory
     }
 
 

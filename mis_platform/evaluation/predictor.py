@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from mis_platform.config import EvalConfig
+from mis_platform.evaluation.brs import FeatureRefinement
 from mis_platform.evaluation.session import Network, Session, advance, probability, upload
-from mis_platform.model.simpleclick import resize_position_embedding
-from mis_platform.model.weights import load_model
+from mis_platform.model.weights import eval_config, load_model, read_config, set_zoom_size
 from mis_platform.simulation.clicks import Click
 
 
@@ -60,16 +60,18 @@ class Predictor:
         zoom_size: int | None = None,
         config: EvalConfig | None = None,
     ) -> "Predictor":
-        """From a saved model, under the paper's protocol unless told otherwise.
+        """From a saved model, under the protocol of its family (the paper's if trained here) unless told otherwise.
 
         path_or_run: a directory with model.safetensors and config.json, or the first digits of the fingerprint of a
         training under MIS_ROOT (default ./artifacts). zoom_size: pixels, default the size of its training. Raises
         ValueError if there is no such model.
         """
-        model = load_model(_model_directory(path_or_run)).to(device)
-        if zoom_size is not None and model.image_size != (zoom_size, zoom_size):
-            resize_position_embedding(model, zoom_size)
-        return cls(model, zoom_size=model.image_size[0], config=config, device=device)
+        directory = _model_directory(path_or_run)
+        described = read_config(directory)
+        size = described["image_size"]
+        zoom_size = zoom_size or (size if isinstance(size, int) else size[0])
+        network = load_network(directory, zoom_size, device)
+        return cls(network, zoom_size=zoom_size, config=config or eval_config(described), device=device)
 
     @property
     def clicks(self) -> tuple[Click, ...]:
@@ -113,6 +115,17 @@ class Predictor:
     def _prediction(self) -> Prediction:
         soft = probability(self._state()).cpu().numpy()
         return Prediction(soft > self._config.threshold, soft)
+
+
+def load_network(directory: str | Path, zoom_size: int, device: torch.device | str = "cpu") -> Network:
+    """The saved model, set up for crops of `zoom_size` pixels, with the refinement that its configuration asks for.
+
+    Raises ValueError if it cannot be loaded.
+    """
+    model = load_model(directory)
+    set_zoom_size(model, zoom_size)
+    network: Network = model.to(device)
+    return FeatureRefinement(model) if read_config(directory).get("refine") == "fbrs" else network
 
 
 def _model_directory(path_or_run: str | Path) -> Path:

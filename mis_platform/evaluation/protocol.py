@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mis_platform.config import EvalConfig, fingerprint, plain
+from mis_platform.config import ROBOT_SETTINGS, EvalConfig, fingerprint, plain
 from mis_platform.errors import DataError
+from mis_platform.evaluation.click_model import ClickModel
 from mis_platform.evaluation.clicks import iou, next_click
 from mis_platform.evaluation.session import Network, Session, advance, probability, upload
 from mis_platform.simulation.clicks import Click
@@ -91,19 +92,78 @@ def evaluate(
             turn += 1
 
 
+def evaluate_click_model(
+    model: ClickModel,
+    samples: Iterable[Sample],
+    config: EvalConfig,
+    *,
+    on_excluded: Callable[[Excluded], None] = log_excluded,
+) -> Iterator[Row]:
+    """`evaluate` for anything that answers clicks at image size, one object at a time: no zoom-in, no flips.
+
+    The mask is the answer above `config.threshold`. `ms` is the model's own time for the click; what it does once for
+    a photo counts for the first click of the photo's first object. Raises DataError as `evaluate` does, and for an
+    answer of another shape, with NaN, or outside [0, 1].
+    """
+    for sample in samples:
+        started = time.perf_counter()
+        model.set_image(sample.image)
+        preparing = time.perf_counter() - started
+        for object_id, target in _targets(sample, on_excluded):
+            yield from _click_through(model, sample, object_id, target, config, preparing)
+            preparing = 0.0
+
+
+def _click_through(
+    model: ClickModel, sample: Sample, object_id: str, target: np.ndarray, config: EvalConfig, preparing: float
+) -> Iterator[Row]:
+    """All clicks on one object. preparing: seconds that the model took for the photo."""
+    answer = np.zeros(target.shape, np.float32)
+    clicks: list[Click] = []
+    while True:
+        click = next_click(target, answer > config.threshold, clicks)
+        clicks.append(click)
+        started = time.perf_counter()
+        answer = model.predict(tuple(clicks), answer)
+        ms = 1000 * (time.perf_counter() - started + (preparing if len(clicks) == 1 else 0))
+        _check_answer(answer, target, f"{sample.dataset}: photo {sample.image_id}, object {object_id}")
+        score = iou(target, answer > config.threshold)
+        yield _row((sample.dataset, sample.image_id, object_id), len(clicks), click, score, ms)
+        if _is_over(len(clicks), score, config):
+            return
+
+
+def _check_answer(answer: Any, target: np.ndarray, where: str) -> None:
+    if not isinstance(answer, np.ndarray) or answer.shape != target.shape:
+        raise DataError(f"{where}: the answer must be an array of {target.shape}, not {getattr(answer, 'shape', None)}")
+    if not (answer.min() >= 0 and answer.max() <= 1):  # also true for NaN
+        raise DataError(f"{where}: the answer must lie in [0, 1], it is in [{answer.min()}, {answer.max()}]")
+
+
 def protocol_fingerprint(config: EvalConfig, zoom_size: int) -> str:
-    """Sixteen hexadecimal digits that name the protocol: scores with different ones must not share a table."""
+    """Sixteen hexadecimal digits that name the protocol: scores of one family of models with different ones must not
+    share a table."""
     settings = {name: value for name, value in plain(config).items() if name not in ("zoom_size", "davis_zoom_size")}
-    rules = {
-        "settings": settings,
-        "zoom_size": zoom_size,
-        "click": "precise L2 transform, frame is border, clicked pixels removed, ties negative, first in row order",
-        "feedback": "soft previous answer, mean of flipped logits, zero outside the window",
-        "iou": "ignored pixels in neither term, float32",
-        "empty objects": "excluded",
-        "failures": "count as max_clicks",
-    }
-    return fingerprint(rules)
+    feedback = "soft previous answer, mean of flipped logits, zero outside the window"
+    return fingerprint({"settings": settings, "zoom_size": zoom_size, "feedback": feedback, **_ROBOT})
+
+
+def robot_settings(config: EvalConfig) -> dict[str, Any]:
+    """The settings that count for a ClickModel, which is asked at image size."""
+    return {name: value for name, value in plain(config).items() if name in (*ROBOT_SETTINGS, "threshold")}
+
+
+def click_model_fingerprint(config: EvalConfig) -> str:
+    """As `protocol_fingerprint`, for `evaluate_click_model`."""
+    return fingerprint({"settings": robot_settings(config), "feedback": "answer at image size", **_ROBOT})
+
+
+_ROBOT = {
+    "click": "precise L2 transform, frame is border, clicked pixels removed, ties negative, first in row order",
+    "iou": "ignored pixels in neither term, float32",
+    "empty objects": "excluded",
+    "failures": "count as max_clicks",
+}
 
 
 @dataclass(frozen=True)
@@ -121,11 +181,14 @@ class _Object:
     order: int = -1
 
     def rows(self) -> list[Row]:
-        name = {"dataset": self.dataset, "image_id": self.image_id, "object_id": self.object_id}
-        return [
-            {**name, "click": number, "y": click.y, "x": click.x, "positive": click.positive, "iou": score, "ms": ms}
-            for number, (click, score, ms) in enumerate(zip(self.session.clicks, self.ious, self.ms, strict=True), 1)
-        ]
+        name = self.dataset, self.image_id, self.object_id
+        made = zip(self.session.clicks, self.ious, self.ms, strict=True)
+        return [_row(name, number, click, score, ms) for number, (click, score, ms) in enumerate(made, 1)]
+
+
+def _row(name: tuple[str, str, str], number: int, click: Click, score: np.float32, ms: float) -> Row:
+    about = dict(zip(("dataset", "image_id", "object_id"), name))
+    return {**about, "click": number, "y": click.y, "x": click.x, "positive": click.positive, "iou": score, "ms": ms}
 
 
 def _objects(
@@ -133,19 +196,25 @@ def _objects(
 ) -> Iterator[_Object]:
     """The objects that can be scored, not yet clicked."""
     for sample in samples:
-        where = f"{sample.dataset}: photo {sample.image_id}"
         try:
             image = upload(sample.image, device)
         except ValueError as error:
-            raise DataError(f"{where}: {error}") from None
-        for object_id, mask in sample.objects:
-            target = _checked(mask, sample.image.shape[:2], f"{where}, object {object_id}")
-            if (target == 1).any():
-                prediction = np.zeros(target.shape, bool)
-                yield _Object(sample.dataset, sample.image_id, object_id, target, prediction, Session(image))
-            else:
-                reason = "no pixel of the object" + (", only ignored ones" if (target == -1).any() else "")
-                on_excluded(Excluded(sample.dataset, sample.image_id, object_id, reason))
+            raise DataError(f"{sample.dataset}: photo {sample.image_id}: {error}") from None
+        for object_id, target in _targets(sample, on_excluded):
+            prediction = np.zeros(target.shape, bool)
+            yield _Object(sample.dataset, sample.image_id, object_id, target, prediction, Session(image))
+
+
+def _targets(sample: Sample, on_excluded: Callable[[Excluded], None]) -> Iterator[tuple[str, np.ndarray]]:
+    """(object id, int8 [H, W]) of the objects that have a pixel."""
+    for object_id, mask in sample.objects:
+        where = f"{sample.dataset}: photo {sample.image_id}, object {object_id}"
+        target = _checked(mask, sample.image.shape[:2], where)
+        if (target == 1).any():
+            yield object_id, target
+        else:
+            reason = "no pixel of the object" + (", only ignored ones" if (target == -1).any() else "")
+            on_excluded(Excluded(sample.dataset, sample.image_id, object_id, reason))
 
 
 def _checked(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
@@ -167,6 +236,10 @@ def _click_once(network: Network, active: list[_Object], config: EvalConfig, zoo
 
 
 def _finished(each: _Object, config: EvalConfig) -> bool:
-    made = len(each.ious)
-    good = made >= config.min_clicks and bool(each.ious[-1] >= np.float32(config.target_iou))
+    return _is_over(len(each.ious), each.ious[-1], config)
+
+
+def _is_over(made: int, score: np.float32, config: EvalConfig) -> bool:
+    """Whether a session ends after `made` clicks with this IoU."""
+    good = made >= config.min_clicks and bool(score >= np.float32(config.target_iou))
     return made >= config.max_clicks or (good and not config.fixed_clicks)

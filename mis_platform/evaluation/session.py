@@ -6,6 +6,7 @@ Many sessions, also of different photos, go through the network together; each g
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +23,18 @@ from mis_platform.simulation.clicks import Click, points_array
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
+class Refiner(Protocol):
+    """A Network that works on its answer to one session at a time, and may remember what it found."""
+
+    def refine(self, inputs: Tensor, clicks: list[Click], config: EvalConfig, memory: Any) -> tuple[Tensor, Any]:
+        """(Probabilities float32 [h, w], what to remember until the next click).
+
+        inputs: float32 [4, h, w], image and previous answer. clicks: all, in pixels of `inputs`. memory: of the click
+        before; None at first.
+        """
+
+
 @dataclass(frozen=True)
 class Session:
     """One object being clicked. A new click makes a new session, so undo is keeping the old one."""
@@ -31,6 +44,7 @@ class Session:
     answer: Tensor | None = None  # float32 [h, w] in [0, 1], at network size; None before the first click
     window: Window | None = None  # the part of the image that `answer` covers
     stored: Window | None = None  # the window zoom-in holds on to; None until it zooms
+    memory: Any = None  # a Refiner's
 
     @property
     def height(self) -> int:
@@ -73,6 +87,7 @@ def advance(
 ) -> list[Session]:
     """Add one click to each session and ask the network; sessions of equal network size share one forward.
 
+    A Refiner is asked for one session after the other.
     zoom_size: side of the square network input in pixels, or, with RITM's zoom-in (config.zoom_skip_clicks=1), its
     longest side. Raises DataError if the network answers NaN.
     """
@@ -86,6 +101,11 @@ def advance(
     for size, indices in by_size.items():
         inputs = [zoom_in.crop(moved[i].image, previous[i], _window(moved[i]), size) for i in indices]
         on_input = [zoom_in.to_network(moved[i].clicks, _window(moved[i]), size) for i in indices]
+        if isinstance(network, Refiner):
+            for i, planes, on_planes in zip(indices, inputs, on_input):
+                answer, memory = network.refine(planes, on_planes, config, moved[i].memory)
+                moved[i] = replace(moved[i], answer=answer, memory=memory)
+            continue
         answers = _ask(network, torch.stack(inputs), on_input, config.flip)
         for index, answer in zip(indices, answers):
             moved[index] = replace(moved[index], answer=answer.clone())  # not a view that keeps the batch alive
@@ -117,13 +137,27 @@ def _window(session: Session) -> Window:
 def _ask(network: Network, inputs: Tensor, clicks: list[list[Click]], flip: bool) -> Tensor:
     """Probabilities [B, h, w] for inputs [B, 4, h, w]; with flip, of the mean logits of input and mirror image."""
     if flip:
-        width = inputs.shape[3]
-        mirrored = [[Click(click.y, width - 1 - click.x, click.positive) for click in each] for each in clicks]
-        inputs, clicks = torch.cat([inputs, inputs.flip(3)]), clicks + mirrored
-    slots = max(1, *(max(_count(each, True), _count(each, False)) for each in clicks))
-    points = torch.from_numpy(np.stack([points_array(each, slots) for each in clicks])).to(inputs.device)
-    logits = network(inputs[:, :3], inputs[:, 3:], points).float()
+        inputs, clicks = with_mirror(inputs, clicks)
+    logits = network(inputs[:, :3], inputs[:, 3:], points_of(clicks).to(inputs.device)).float()
     assert logits.shape == (len(inputs), 1, *inputs.shape[2:]), f"the network returned logits of {tuple(logits.shape)}"
+    return to_probabilities(logits, flip)
+
+
+def with_mirror(inputs: Tensor, clicks: list[list[Click]]) -> tuple[Tensor, list[list[Click]]]:
+    """Inputs [B, C, h, w] and their clicks, followed by their mirror images: [2B, C, h, w]."""
+    width = inputs.shape[3]
+    mirrored = [[Click(click.y, width - 1 - click.x, click.positive) for click in each] for each in clicks]
+    return torch.cat([inputs, inputs.flip(3)]), clicks + mirrored
+
+
+def points_of(clicks: Sequence[Sequence[Click]]) -> Tensor:
+    """The clicks as a Network takes them, float32 [B, 2N, 3]."""
+    slots = max(1, *(max(_count(each, True), _count(each, False)) for each in clicks))
+    return torch.from_numpy(np.stack([points_array(each, slots) for each in clicks]))
+
+
+def to_probabilities(logits: Tensor, flip: bool) -> Tensor:
+    """[B, h, w] from logits [B, 1, h, w], or [2B, 1, h, w] of `with_mirror`. Raises DataError for NaN."""
     if torch.isnan(logits).any():
         raise DataError("the network answered NaN: its weights are damaged or its training diverged")
     if flip:

@@ -1,15 +1,16 @@
 """Weights in and out: saved click models, MAE initialisation, foreign files read without executing them.
 
-A saved model is a directory with `model.safetensors` and `config.json`. Foreign files are safetensors or .pth/.pt; the
-latter are only ever read with `weights_only=True`, so a file can carry tensors but no code. Every refusal is a
-ValueError that names the file and the first offending key.
+A saved model is a directory with `model.safetensors` and `config.json`, whose `family` says which network it is.
+Foreign files are safetensors or .pth/.pt; the latter are only ever read with `weights_only=True`, so a file can carry
+tensors but no code (the official checkpoints of click models, which carry more, are for `checkpoints.py`). Every
+refusal is a ValueError that names the file and the first offending key.
 """
 
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mis_platform.model import hub
-from mis_platform.model.simpleclick import VARIANTS, SimpleClick, interpolate_position
+from mis_platform.config import EvalConfig, build, plain
+from mis_platform.model import hub, ritm
+from mis_platform.model.ritm import Ritm
+from mis_platform.model.simpleclick import VARIANTS, SimpleClick, interpolate_position, resize_position_embedding
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -35,25 +38,35 @@ MAE_LEFT_OUT = frozenset({"norm.weight", "norm.bias"})  # SimpleClick has no fin
 NOT_IN_MAE = ("fc_norm.", "head.")  # of the backbone; unused in SimpleClick
 _SCAN_BYTES = 2**24  # of a pickle: far more than the structure of any checkpoint
 
+# family -> names of its variants; a configuration without a family is older than the second one
+FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": tuple(ritm.VARIANTS)}
+REFINEMENTS = {"fbrs": "ritm"}  # -> the family it is for
+ZOOM_SIZES = ("zoom_size", "davis_zoom_size")  # settings whose range depends on the family
+
 Shapes = dict[str, tuple[int, ...]]
+Model = SimpleClick | Ritm
 
 
 # -- saved models ----------------------------------------------------------------------------------------------------
 
 
-def save_model(directory: str | Path, model: SimpleClick, config: Mapping[str, Any]) -> None:
+def save_model(directory: str | Path, model: Model, config: Mapping[str, Any]) -> None:
     """Write `model` and `config` (JSON values) into `directory`, which is made if missing.
 
-    `variant` and `image_size` (pixels: a side, or [height, width]) are set from the model. Each file appears whole or
-    not at all, config.json last.
+    `variant`, `image_size` (pixels: a side, or [height, width]) and, for all but SimpleClick, `family` are set from the
+    model. Each file appears whole or not at all, config.json last.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     height, width = model.image_size
     described = {**config, "variant": model.variant, "image_size": height if height == width else [height, width]}
+    if isinstance(model, Ritm):
+        described["family"] = "ritm"
     text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _write(directory / WEIGHTS_FILE, safetensors.torch.save(state))
+    # Part of the weights file, because its digest stands for the model: with refinement it answers otherwise.
+    metadata = {"refine": described["refine"]} if described.get("refine") else None
+    _write(directory / WEIGHTS_FILE, safetensors.torch.save(state, metadata))
     _write(directory / CONFIG_FILE, text.encode())
 
 
@@ -66,11 +79,11 @@ def _write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_model(directory: str | Path) -> SimpleClick:
-    """The model saved in `directory`, on the CPU in evaluation mode.
+def load_model(directory: str | Path) -> Any:
+    """The model saved in `directory`, on the CPU in evaluation mode: a SimpleClick or, if its family says so, a Ritm.
 
-    Raises ValueError for a missing or damaged file, an unknown variant, and weights that do not belong: the key, both
-    shapes and, if there is one, the variant that would fit are named.
+    Raises ValueError for a missing or damaged file, an unknown family or variant, and weights that do not belong: the
+    key, both shapes and, if there is one, the variant that would fit are named.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -78,36 +91,116 @@ def load_model(directory: str | Path) -> SimpleClick:
         raise ValueError(f"{directory} is {_kind(state)}, not a saved model: {_wanted_directory(state)}")
     config = read_config(directory)
     state = read_state_dict(directory / WEIGHTS_FILE)
-    with torch.device("meta"):  # neither time nor random numbers for weights that are replaced at once
-        model = SimpleClick(config["variant"], config["image_size"])
-    _check(state, _shapes(model.state_dict()), directory / WEIGHTS_FILE, model.variant)
+    model = empty_model(family_of(config), config["variant"], config["image_size"])
+    check_layout(state, model, directory / WEIGHTS_FILE)
+    check_values(state, directory / WEIGHTS_FILE)
+    _check_refinement(directory, config)
     # The tensors are views of the file; copies survive if it is rewritten in place or its network drive goes away.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return model.eval()
 
 
+def empty_model(family: str, variant: str, image_size: int | Sequence[int]) -> Model:
+    """A model on torch's meta device: neither time nor random numbers for weights that are assigned at once."""
+    with torch.device("meta"):
+        return Ritm(variant, image_size) if family == "ritm" else SimpleClick(variant, image_size)
+
+
+def set_zoom_size(model: Model, zoom_size: int) -> None:
+    """Set `model` up, in place, for a zoomed-in crop of `zoom_size` pixels.
+
+    That is the side of SimpleClick's square input, whose position embedding is resized, or the longest side of RITM's.
+    Raises ValueError for a size that the family cannot take.
+    """
+    if isinstance(model, SimpleClick):
+        if model.image_size != (zoom_size, zoom_size):
+            resize_position_embedding(model, zoom_size)
+    else:
+        model.image_size = (zoom_size, zoom_size)
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """What `save_model` was given, with `variant` and `image_size` checked; ValueError if missing or damaged."""
+    """What `save_model` was given, with all that loading needs checked; ValueError if it is wrong or missing."""
     path = Path(directory) / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{directory} holds no model: {CONFIG_FILE} is missing") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} is not readable: {error}") from None
+    return parse_config(content, path)
+
+
+def parse_config(content: bytes, path: str | Path) -> dict[str, Any]:
+    """`read_config` with the file's content at hand; `path` names it in errors."""
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("variant") not in list(VARIANTS):
-        raise ValueError(f"{path} must be an object with variant set to one of: {', '.join(VARIANTS)}")
+    family = family_of(config) if isinstance(config, dict) else "simpleclick"
+    if family not in list(FAMILIES):
+        raise ValueError(f"{path}: family must be one of: {', '.join(FAMILIES)}, got {family!r}")
+    if not isinstance(config, dict) or config.get("variant") not in FAMILIES[family]:
+        raise ValueError(f"{path} must be an object with variant set to one of: {', '.join(FAMILIES[family])}")
     size = config.get("image_size")
     sides = size if isinstance(size, list) else [size, size]
     if len(sides) != 2 or not all(type(side) is int for side in sides):
         raise ValueError(f"{path}: image_size must be pixels, a side or [height, width], got {size!r}")
+    if config.get("refine") is not None:
+        check_refinement(config["refine"], family, path)
     return config
+
+
+def family_of(config: Mapping[str, Any]) -> Any:
+    """The family of a saved model, a key of FAMILIES once it is checked."""
+    return config.get("family", "simpleclick")
+
+
+def check_refinement(refine: Any, family: str, origin: str | Path) -> None:
+    """ValueError unless `refine` names a refinement for models of `family`."""
+    if refine not in list(REFINEMENTS):
+        raise ValueError(f"{origin}: refine must be one of: {', '.join(REFINEMENTS)}, got {refine!r}")
+    if REFINEMENTS[refine] != family:
+        raise ValueError(f"{origin}: refine={refine} needs a model of family {REFINEMENTS[refine]}, this is {family}")
+
+
+def _check_refinement(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.json and the weights file must agree, or scores with and without refinement would share an address."""
+    with safetensors.safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+        written = (file.metadata() or {}).get("refine")
+    if written != config.get("refine"):
+        raise ValueError(
+            f"{directory}: {CONFIG_FILE} says refine={config.get('refine')}, {WEIGHTS_FILE} was made with "
+            f"refine={written}; import the checkpoint again with the refinement it shall have"
+        )
+
+
+def eval_config(config: Mapping[str, Any], base: EvalConfig | None = None, given: Iterable[str] = ()) -> EvalConfig:
+    """The click protocol for a saved model: `base` (default the paper's) with the model's own settings.
+
+    config: of the model; its `eval` is a dict of EvalConfig's names, which a training leaves out. given: names whose
+    value in `base` stays. Raises ValueError for a setting that does not exist or is out of range.
+    """
+    base = base or EvalConfig()
+    found = config.get("eval") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"the eval settings of a model must be an object, got {found!r}")
+    own = {name: value for name, value in found.items() if name not in set(given)}
+    if not own:
+        return base
+    # RITM's sizes are no multiples of the 224 pixels that EvalConfig, the protocol of ViTs, asks for.
+    sizes = {name: own.pop(name) for name in ZOOM_SIZES if name in own}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"eval.{name} of a model must be pixels, at least 1, got {size!r}")
+    checked: EvalConfig = build(EvalConfig, plain(base) | own)
+    return checked.model_copy(update=sizes)
 
 
 def _wanted_directory(state: Mapping[str, Tensor]) -> str:
     if _is_vit(state):
         return "train from it with model.init=mae and model.init_weights set to this file"
-    return f"give the directory that holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+    return f"give the directory that holds {WEIGHTS_FILE} and {CONFIG_FILE}, or make one with `mis import`"
 
 
 # -- MAE -------------------------------------------------------------------------------------------------------------
@@ -128,7 +221,7 @@ def load_mae(model: SimpleClick, source: str | Path | None = None) -> None:
 
 def load_mae_state(model: SimpleClick, state: Mapping[str, Tensor], origin: str | Path) -> None:
     """`load_mae` with tensors at hand; `origin` names them in errors."""
-    if "patch_embed_coords.proj.weight" in state:
+    if _kind(state) in _CLICK_MODELS:
         raise ValueError(f"{origin} is {_kind(state)}: MAE initialisation needs a pre-trained MAE encoder")
     supervised = [name for name in state if name.startswith(NOT_IN_MAE)]
     if supervised:
@@ -143,6 +236,7 @@ def load_mae_state(model: SimpleClick, state: Mapping[str, Tensor], origin: str 
         expected["pos_embed"] = position  # any square grid can be resized
     encoder = {name: tensor for name, tensor in state.items() if name not in MAE_LEFT_OUT}
     _check(encoder, expected, origin, model.variant)
+    check_values(encoder, origin)
     encoder["pos_embed"] = interpolate_position(encoder["pos_embed"], (side, side), model.backbone.grid)
     problems = model.backbone.load_state_dict(encoder, strict=False)
     assert not problems.unexpected_keys
@@ -219,8 +313,8 @@ def _read_pickle(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can raise almost anything; nothing of it has been executed
         if _names_click_model(path):
             raise ValueError(
-                f"{path} looks like an official SimpleClick or MIS checkpoint: it pickles Python objects beside the "
-                "weights, which could run code when loaded. This version refuses such files"
+                f"{path} looks like an official checkpoint of a click model: it pickles Python objects beside the "
+                "weights, which could run code when loaded. Import it with `mis import`, which runs none of it"
             ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -247,8 +341,23 @@ def _names_click_model(path: Path) -> bool:
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check(state: Mapping[str, Tensor], expected: Shapes, origin: str | Path, variant: str) -> None:
-    """ValueError for the first wrong shape, unknown, missing, non-float32 or non-finite tensor, in this order."""
+def check_layout(state: Mapping[str, Tensor], model: Model, origin: str | Path) -> None:
+    """ValueError for the first tensor of another shape or type than in `model`, unknown or missing, in this order.
+
+    Neither needs to hold values: tensors on the meta device will do.
+    """
+    expected = model.state_dict()
+    _check(state, _shapes(expected), origin, model.variant, {name: tensor.dtype for name, tensor in expected.items()})
+
+
+def _check(
+    state: Mapping[str, Tensor],
+    expected: Shapes,
+    origin: str | Path,
+    variant: str,
+    types: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """As `check_layout`; types: those that are not float32."""
     for name in sorted(state.keys() & expected.keys()):
         if tuple(state[name].shape) != expected[name]:
             raise ValueError(
@@ -262,8 +371,15 @@ def _check(state: Mapping[str, Tensor], expected: Shapes, origin: str | Path, va
         if names:
             raise ValueError(f"{origin} is {_kind(state)} that does not fit {variant}: {problem} {_listed(names)}")
     for name, tensor in state.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{origin}: {name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32")
+        wanted = (types or {}).get(name, torch.float32)
+        if tensor.dtype != wanted:
+            found, needed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, wanted))
+            raise ValueError(f"{origin}: {name} is {found}, expected {needed}")
+
+
+def check_values(state: Mapping[str, Tensor], origin: str | Path) -> None:
+    """ValueError for the first tensor with NaN or infinity."""
+    for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{origin}: {name} holds NaN or infinity; the training that made it has diverged")
 
@@ -275,6 +391,8 @@ def _listed(names: Iterable[str]) -> str:
 
 def _fitting_variant(state: Mapping[str, Tensor], tried: str) -> str:
     """What to add to the refusal of a wrong size: the variant whose transformer has these shapes."""
+    if tried not in VARIANTS:
+        return ""
     prefix = "" if _is_vit(state) else "backbone."
     for variant in VARIANTS:
         with torch.device("meta"):
@@ -286,13 +404,21 @@ def _fitting_variant(state: Mapping[str, Tensor], tried: str) -> str:
     return f"; it fits none of: {', '.join(VARIANTS)}"
 
 
+# what it is called -> a tensor that tells it
+_CLICK_MODELS = {
+    "a click model (SimpleClick)": "patch_embed_coords.proj.weight",
+    "a click model (RITM)": "feature_extractor.cls_head.weight",
+}
+
+
 def _is_vit(state: Mapping[str, Tensor]) -> bool:
     return "blocks.0.attn.qkv.weight" in state and "patch_embed.proj.weight" in state
 
 
 def _kind(state: Mapping[str, Tensor]) -> str:
-    if "patch_embed_coords.proj.weight" in state:
-        return "a click model (SimpleClick)"
+    for kind, name in _CLICK_MODELS.items():
+        if name in state:
+            return kind
     if _is_vit(state):
         return "a plain vision transformer such as MAE's encoder"
     return "a set of weights of another network"

@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
+import inspect
 import json
 import tempfile
 from collections import deque
@@ -29,21 +31,34 @@ import ray
 import torch
 
 from mis_platform.artifacts import Output, Part, combine_digests, sha256
-from mis_platform.config import EvalConfig, Resources, plain
+from mis_platform.baselines.methods import METHODS_VERSION, build_method
+from mis_platform.config import ClassicalConfig, EvalConfig, Resources, SamplingConfig, plain
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import ImageRefused, read_image
+from mis_platform.data.proposals import ProposalReader, best_overlap_of_masks
 from mis_platform.data.schemas import CLICKS, OVERLAPS
 from mis_platform.data.trees import TreeReader
 from mis_platform.errors import DataError
-from mis_platform.evaluation.protocol import Excluded, Sample, evaluate, protocol_fingerprint
-from mis_platform.model.simpleclick import SimpleClick, resize_position_embedding
-from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_model
+from mis_platform.evaluation.click_model import ClickModel
+from mis_platform.evaluation.predictor import load_network
+from mis_platform.evaluation.protocol import (
+    Excluded,
+    Sample,
+    click_model_fingerprint,
+    evaluate,
+    evaluate_click_model,
+    protocol_fingerprint,
+    robot_settings,
+)
+from mis_platform.evaluation.session import Network
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from mis_platform.progress import Progress
 from mis_platform.simulation.proposals import best_overlap
 from mis_platform.stages import cluster
 from mis_platform.storage import Storage
 
 VERSION = 1
+OVERLAP_VERSION = 2  # of `evaluate_proposals`
 
 GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU
 
@@ -72,31 +87,58 @@ def evaluate_model(
         batch = resources.eval_batch if gpus else 1
         job = Clicking(_absolute(dataset), model_dir, config, zoom_size, batch, "cuda" if gpus else "cpu")
         found = _score(job, max(CHUNK_IMAGES, ROUNDS * batch), resources, gpus, out)
+    protocol = {"fingerprint": protocol_fingerprint(config, zoom_size), "zoom_size": zoom_size, **_settings(config)}
+    return _clicks_output(dataset, found, protocol)
+
+
+def evaluate_method(
+    dataset: Dataset, method: str, classical: ClassicalConfig, config: EvalConfig, resources: Resources, out: Storage
+) -> Output:
+    """As `evaluate_model`, for what needs no training.
+
+    method: a classical one by name, or module:class of a ClickModel, whose constructor takes no arguments. Raises
+    ValueError if there is no such module or class.
+    """
+    build_click_model(method, classical)  # a typing error is noticed here
+    job = Answering(_absolute(dataset), method, classical, config)
+    with cluster.cluster():
+        found = _score(job, CHUNK_IMAGES, resources, 0, out)
+    protocol = {"fingerprint": click_model_fingerprint(config), "family": method, **robot_settings(config)}
+    return _clicks_output(dataset, found, protocol)
+
+
+def _clicks_output(dataset: Dataset, found: "Sequence[Found]", protocol: Row) -> Output:
     clicks = sum(each.part.rows for each in found)
     excluded = [each for part in found for each in part.excluded]
     if not clicks:
         raise DataError(f"{dataset.name} in {dataset.root} has no object to score")
-    protocol = {"fingerprint": protocol_fingerprint(config, zoom_size), "zoom_size": zoom_size, **_settings(config)}
-    summary = {"images": len(dataset), "clicks": clicks, "excluded": excluded, "protocol": protocol}
-    return _output(found, summary)
+    return _output(found, {"images": len(dataset), "clicks": clicks, "excluded": excluded, "protocol": protocol})
 
 
-def evaluate_proposals(dataset: Dataset, trees: Storage, resources: Resources, out: Storage) -> Output:
-    """The best IoU that any node of the merge trees reaches on each object: parts `overlap-*.parquet` (OVERLAPS).
+def evaluate_proposals(
+    dataset: Dataset, proposals: Storage, are_trees: bool, resources: Resources, out: Storage
+) -> Output:
+    """The best IoU that any proposal reaches on each object: parts `overlap-*.parquet` (OVERLAPS) in `out`.
 
-    The summary has the mean best overlap, the median and the share of objects above 0.5, 0.7 and 0.85; photos without a
-    tree (quarantined) and objects without a pixel are listed there and count nowhere. Raises DataError as above.
+    proposals: a finished artifact of merge trees, all nodes of which count, or of masks. The summary has the mean best
+    overlap, the median, the share of objects above 0.5, 0.7 and 0.85, and over the photos the mean number of proposals
+    and their median size; photos without any (quarantined) and objects without a pixel are listed there and count
+    nowhere. Raises DataError as above.
     """
+    job = Overlapping(_absolute(dataset), proposals, are_trees)
     with cluster.cluster():
-        found = _score(Overlapping(_absolute(dataset), trees), CHUNK_IMAGES, resources, 0, out)
-    overlaps = np.concatenate([_column(out, each.part, "best_iou") for each in found])
+        found = _score(job, CHUNK_IMAGES, resources, 0, out)
+    overlaps = _column(out, found, "best_iou")
     if not overlaps.size:
-        raise DataError(f"{dataset.name} in {dataset.root} has no object with a tree to score")
+        raise DataError(f"{dataset.name} in {dataset.root} has no object with a proposal to score")
+    sizes = _column(out, found, "proposal_area")
     summary: Row = {
         "images": len(dataset),
         "objects": len(overlaps),
         "mean_best_overlap": round(float(overlaps.mean(dtype=np.float64)), 4),
         "median_best_overlap": round(float(np.median(overlaps)), 4),
+        "proposals": round(float(_column(out, found, "proposals").mean(dtype=np.float64)), 2),
+        "median_proposal_area": round(float(np.nanmedian(sizes)), 4) if np.isfinite(sizes).any() else 0.0,
     }
     summary |= {f"share_above_{iou:g}": round(float((overlaps > iou).mean()), 4) for iou in GOOD_OVERLAPS}
     summary["excluded"] = [each for part in found for each in part.excluded]
@@ -151,7 +193,7 @@ class Clicking:
         places = {image_id: place for place, image_id in enumerate(image_ids)}
         clicks = evaluate(
             network,
-            (self.sample(image_id) for image_id in image_ids),
+            (_sample(self.dataset, image_id) for image_id in image_ids),
             self.config,
             zoom_size=self.zoom_size,
             batch=self.batch,
@@ -166,19 +208,65 @@ class Clicking:
             raise ValueError(
                 f"the GPU has too little memory for resources.eval_batch={self.batch} objects at once; lower it"
             ) from None
-        return Scored(rows, [f"{each.image_id}, object {each.object_id}: {each.reason}" for each in excluded])
+        return Scored(rows, _reasons(excluded))
 
-    def sample(self, image_id: str) -> Sample:
-        return Sample(self.dataset.name, image_id, _read(self.dataset, image_id), self.dataset.read_objects(image_id))
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """The click protocol for a method that needs no training."""
+
+    prefix, schema, noun = "clicks", CLICKS, "clicks"
+    dataset: Dataset
+    method: str
+    classical: ClassicalConfig
+    config: EvalConfig
+
+    def score(self, image_ids: Sequence[str], tell: Tell) -> Scored:
+        model = build_click_model(self.method, self.classical)
+        excluded: list[Excluded] = []
+        rows: list[Row] = []
+        for done, image_id in enumerate(image_ids):
+            sample = _sample(self.dataset, image_id)
+            for row in evaluate_click_model(model, [sample], self.config, on_excluded=excluded.append):
+                rows.append(row)
+                tell(done, len(rows))
+        return Scored(rows, _reasons(excluded))
+
+
+def method_identity(method: str, classical: ClassicalConfig) -> Row:
+    """What decides the answers of a method: its settings, or the source of the module it comes from."""
+    if ":" not in method:
+        return {"name": method, "version": METHODS_VERSION, "settings": plain(classical)}
+    source = inspect.getsource(importlib.import_module(_own_class(method).__module__))
+    return {"name": method, "source": hashlib.sha256(source.encode()).hexdigest()}
+
+
+def build_click_model(method: str, classical: ClassicalConfig) -> ClickModel:
+    """A new ClickModel. Raises ValueError if `method` names none."""
+    return build_method(method, classical) if ":" not in method else _own_class(method)()
+
+
+def _own_class(method: str) -> type[Any]:
+    """The class that somebody names by module:class."""
+    module, _, name = method.partition(":")
+    try:
+        model: type[Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method={method}: {error}; the module must be importable, e.g. with PYTHONPATH") from None
+    for needed in ("set_image", "predict"):
+        if not callable(getattr(model, needed, None)):
+            raise ValueError(f"method={method}: a ClickModel needs {needed}(), see docs/click-models.md")
+    return model
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlapping:
-    """The best node of the tree for each object."""
+    """The best proposal for each object."""
 
     prefix, schema, noun = "overlap", OVERLAPS, "objects"
     dataset: Dataset
-    trees: Storage
+    proposals: Storage
+    are_trees: bool
 
     def score(self, image_ids: Sequence[str], tell: Tell) -> Scored:
         scored = Scored([], [])
@@ -188,20 +276,49 @@ class Overlapping:
         return scored
 
     def score_image(self, image_id: str, scored: Scored) -> None:
-        reader = _trees(self.trees)
+        reader = _reader(self.proposals, self.are_trees)
         if image_id not in reader:
-            scored.excluded.append(f"{image_id}: its photo was refused, it has no tree")
+            scored.excluded.append(f"{image_id}: its photo was refused, it has no proposals")
             return
-        tree, size = reader.tree(image_id), reader.image_size(image_id)
+        candidates, size = _candidates(reader, image_id), reader.image_size(image_id)
         for object_id, mask in self.dataset.read_objects(image_id):
             if mask.shape != size:
-                raise DataError(f"{image_id}, object {object_id}: mask of {mask.shape} pixels, tree of {size}")
+                raise DataError(f"{image_id}, object {object_id}: mask of {mask.shape} pixels, proposals of {size}")
             if not (mask == 1).any():
                 scored.excluded.append(f"{image_id}, object {object_id}: no pixel of the object")
                 continue
-            iou, node = best_overlap(tree, mask)
+            iou, number = candidates.best_overlap(mask)
             name = {"dataset": self.dataset.name, "image_id": image_id, "object_id": object_id}
-            scored.rows.append({**name, "best_iou": float(iou), "node": int(node), "area": float((mask == 1).mean())})
+            about = {"proposals": candidates.number, "proposal_area": candidates.median_area}
+            area = float((mask == 1).mean())
+            scored.rows.append({**name, "best_iou": float(iou), "node": int(number), "area": area, **about})
+
+
+class Candidates(NamedTuple):
+    """The proposals of one photo."""
+
+    best_overlap: Callable[[np.ndarray], tuple[float, int]]  # object int8 [H, W] -> best IoU, number of the proposal
+    number: int  # that a training may draw
+    median_area: float  # of those, share of the photo; NaN if there are none
+
+
+def _candidates(reader: TreeReader | ProposalReader, image_id: str) -> Candidates:
+    if isinstance(reader, TreeReader):
+        tree = reader.tree(image_id)
+        shares = tree.sizes / tree.num_leaves
+        shares = shares[shares > SamplingConfig().min_area]
+        return Candidates(functools.partial(best_overlap, tree), len(shares), float(np.median(shares)))
+    masks = reader.masks(image_id)
+    area = float(np.median(masks.mean(axis=(1, 2)))) if len(masks) else float("nan")
+    return Candidates(functools.partial(best_overlap_of_masks, masks), len(masks), area)
+
+
+def _sample(dataset: Dataset, image_id: str) -> Sample:
+    return Sample(dataset.name, image_id, _read(dataset, image_id), dataset.read_objects(image_id))
+
+
+def _reasons(excluded: Iterable[Excluded]) -> list[str]:
+    return [f"{each.image_id}, object {each.object_id}: {each.reason}" for each in excluded]
 
 
 def _read(dataset: Dataset, image_id: str) -> np.ndarray:
@@ -213,11 +330,9 @@ def _read(dataset: Dataset, image_id: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1)
-def _network(model_dir: Storage, zoom_size: int, device: str) -> SimpleClick:
+def _network(model_dir: Storage, zoom_size: int, device: str) -> Network:
     with _on_disk(model_dir) as directory:
-        model = load_model(directory)
-    resize_position_embedding(model, zoom_size)
-    return model.to(device).eval()
+        return load_network(directory, zoom_size, device)
 
 
 @contextlib.contextmanager
@@ -233,11 +348,14 @@ def _on_disk(model_dir: Storage) -> Iterator[Path]:
 
 
 @functools.lru_cache(maxsize=1)
-def _trees(storage: Storage) -> TreeReader:
-    return TreeReader(storage)
+def _reader(proposals: Storage, are_trees: bool) -> TreeReader | ProposalReader:
+    return TreeReader(proposals) if are_trees else ProposalReader(proposals)
 
 
 # -- spreading over the cluster --------------------------------------------------------------------------------------
+
+
+Job = Clicking | Answering | Overlapping
 
 
 class Worker:
@@ -245,7 +363,7 @@ class Worker:
 
     begun = 0, 0
 
-    def score(self, job: Clicking | Overlapping, image_ids: Sequence[str]) -> Scored:
+    def score(self, job: Job, image_ids: Sequence[str]) -> Scored:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         torch.backends.cudnn.allow_tf32 = False  # the same float32 everywhere
@@ -268,9 +386,7 @@ class Found(NamedTuple):
     excluded: tuple[str, ...]
 
 
-def _score(
-    job: Clicking | Overlapping, chunk_images: int, resources: Resources, gpus: int, out: Storage
-) -> list[Found]:
+def _score(job: Job, chunk_images: int, resources: Resources, gpus: int, out: Storage) -> list[Found]:
     """All parts, those of earlier attempts and new ones, in the order of the data set."""
     ids = job.dataset.image_ids
     found = finished_parts(out, job.prefix, job.schema, ids)
@@ -299,7 +415,7 @@ def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
 
 
 def _spread(
-    workers: Sequence[Any], job: Clicking | Overlapping, chunks: Sequence[Sequence[str]], progress: Progress
+    workers: Sequence[Any], job: Job, chunks: Sequence[Sequence[str]], progress: Progress
 ) -> Iterator[tuple[Sequence[str], Scored]]:
     """Each chunk with what a worker found, as they are finished."""
     waiting, shared = deque(chunks), ray.put(job)
@@ -368,7 +484,7 @@ def _digest(table: pa.Table) -> str:
     return combine_digests([row_digest(row) for row in table.to_pylist()])
 
 
-def write_part(job: Clicking | Overlapping, image_ids: Sequence[str], scored: Scored, out: Storage) -> Found:
+def write_part(job: Job, image_ids: Sequence[str], scored: Scored, out: Storage) -> Found:
     """Write one chunk under a name that follows from its photos and sorts by their place in the data set."""
     table = pa.Table.from_pylist(scored.rows, schema=job.schema)
     digest = _digest(table)
@@ -418,8 +534,10 @@ def _read_part(name: str, content: bytes, schema: pa.Schema) -> Found | None:
     return Found(part, tuple(image_ids), tuple(excluded))
 
 
-def _column(out: Storage, part: Part, name: str) -> np.ndarray:
-    return pq.read_table(pa.BufferReader(out.read_bytes(part.name)), columns=[name])[name].to_numpy()
+def _column(out: Storage, found: Sequence[Found], name: str) -> np.ndarray:
+    """One column of all parts."""
+    tables = [pq.read_table(pa.BufferReader(out.read_bytes(each.part.name)), columns=[name]) for each in found]
+    return np.concatenate([table[name].to_numpy() for table in tables])
 
 
 def _output(found: Sequence[Found], summary: Row) -> Output:

@@ -1,5 +1,7 @@
 """Photos to merge trees (paper section 3.1): decoding, patch features, Ward merging, Parquet parts.
 
+The proposals of other methods are made the same way: what is kept of a photo is a `Product`.
+
 Notable choices:
 
 * **A photo is described alone.** The number of rows of a matrix product may change the last bits of its result: in a
@@ -14,7 +16,6 @@ Notable choices:
 
 import functools
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -34,18 +35,17 @@ from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import ImageRefused, Reason, read_image
-from mis_platform.data.schemas import QUARANTINE, TREES
-from mis_platform.data.trees import rows_of, rows_to_table, tree_row
+from mis_platform.data.schemas import QUARANTINE
+from mis_platform.data.trees import rows_of
 from mis_platform.errors import DataError
 from mis_platform.model.features import Extractor, build_extractor
 from mis_platform.progress import Progress
-from mis_platform.simulation import ward
 from mis_platform.stages import cluster
+from mis_platform.stages.products import TREES_PRODUCT, Product
 from mis_platform.storage import Storage, StorageError
 
 VERSION = 1
 
-PART_PREFIX = "trees-"
 QUARANTINE_FILE = "quarantine.parquet"
 DIGEST_KEY = b"mis_platform.digest"  # in the metadata of a part: what its rows must add up to
 
@@ -81,9 +81,16 @@ class Found(NamedTuple):
 
 
 def precompute(
-    dataset: Dataset, features: FeaturesConfig, data: DataConfig, resources: Resources, out: Storage
+    dataset: Dataset,
+    features: FeaturesConfig,
+    data: DataConfig,
+    resources: Resources,
+    out: Storage,
+    product: Product = TREES_PRODUCT,
 ) -> Output:
     """The merge trees of all photos of `dataset`: parts `trees-*.parquet` and `quarantine.parquet` in `out`.
+
+    product: what is made instead of trees; its name is the prefix of the parts.
 
     A photo that cannot be used, or whose computation fails, becomes a row of the quarantine and changes no other row.
     The digest covers the trees alone. Call it while holding the lock of `out`.
@@ -95,15 +102,15 @@ def precompute(
     began = time.monotonic()
     build_extractor(features)  # missing or wrong weights are noticed here, before any process starts
     out.remove_unfinished()
-    found = finished_parts(out, dataset.image_ids)
+    found = finished_parts(out, dataset.image_ids, product)
     finished = {image_id for each in found for image_id in each.image_ids}
     missing = sorted(set(dataset.image_ids) - finished)
     parts, refused = [each.part for each in found], list_refused(dataset)
     if missing:
         photos = [(image_id, os.fsencode(dataset.image_path(image_id))) for image_id in missing]
         with cluster.cluster():
-            progress = Progress("trees", len(dataset), "images", start=len(finished))
-            made, failed = compute_all(photos, features, data, resources, out, progress)
+            progress = Progress(product.name, len(dataset), "images", start=len(finished))
+            made, failed = compute_all(photos, features, data, resources, out, progress, product)
         parts, refused = parts + made, refused + failed
     write_quarantine(refused, out)
     _check_outcome(dataset, parts, refused, out)
@@ -169,55 +176,38 @@ def describe(pixels: np.ndarray, extractor: Extractor) -> np.ndarray:
     return extractor(extractor.prepare(pixels)[None])[0].reshape(*extractor.grid(height, width), -1)
 
 
-def grow(image_id: str, size: tuple[int, int], features: np.ndarray) -> Row:
-    """The row of one photo. size: (height, width) in pixels; features: float32 [gh, gw, C]."""
-    return tree_row(image_id, size, ward.merge(features))
-
-
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def row_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 of the content of one row, whatever file it is in."""
-    head = [row[name] for name in TREES.names[:-2]]
-    digest = hashlib.sha256(json.dumps(head).encode())
-    digest.update(np.asarray(row["children"], "<i4").tobytes())
-    digest.update(np.asarray(row["costs"], "<f4").tobytes())
-    return digest.hexdigest()
-
-
-def write_part(rows: Iterable[Row], out: Storage) -> Part:
+def write_part(rows: Iterable[Row], out: Storage, product: Product = TREES_PRODUCT) -> Part:
     """Write rows as one Parquet file, by image id, under a name that follows from the ids."""
     rows = sorted(rows, key=lambda row: row["image_id"])
     image_ids = [row["image_id"] for row in rows]
-    digest = combine_digests([row_digest(row) for row in rows])
-    table = rows_to_table(rows)
+    digest = combine_digests([product.digest(row) for row in rows])
+    table = product.table(rows)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), DIGEST_KEY: digest.encode()})
-    content = _to_parquet(table)
-    name = f"{PART_PREFIX}{sha256(json.dumps(image_ids).encode())[:16]}.parquet"
+    content = _to_parquet(table, product.encoding)
+    name = f"{product.name}-{sha256(json.dumps(image_ids).encode())[:16]}.parquet"
     out.write_bytes(name, content)
     return Part(name=name, rows=len(rows), bytes=len(content), sha256=sha256(content), digest=digest)
 
 
-def _to_parquet(table: pa.Table) -> bytes:
-    # Differences of node ids and split bytes of costs pack a quarter smaller than plain values.
-    numbers = {"children.list.element": "DELTA_BINARY_PACKED", "costs.list.element": "BYTE_STREAM_SPLIT"}
-    encoding = numbers if "costs" in table.column_names else None
+def _to_parquet(table: pa.Table, encoding: Mapping[str, str] | None = None) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=encoding)
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, column_encoding=dict(encoding or {}) or None)
     return sink.getvalue().to_pybytes()
 
 
-def finished_parts(out: Storage, image_ids: Iterable[str]) -> list[Found]:
+def finished_parts(out: Storage, image_ids: Iterable[str], product: Product = TREES_PRODUCT) -> list[Found]:
     """The parts of an earlier attempt, read and checked.
 
     Damaged ones, and ones with photos that are not asked for or are in another part, are deleted.
     """
     unseen, found = set(image_ids), []
     for name in out.names():
-        if not name.startswith(PART_PREFIX):
+        if not name.startswith(f"{product.name}-"):
             continue
-        part = _read_part(name, out.read_bytes(name))
+        part = _read_part(name, out.read_bytes(name), product)
         if part is not None and len(set(part.image_ids) & unseen) == len(part.image_ids):
             unseen.difference_update(part.image_ids)
             found.append(part)
@@ -226,12 +216,14 @@ def finished_parts(out: Storage, image_ids: Iterable[str]) -> list[Found]:
     return found
 
 
-def _read_part(name: str, content: bytes) -> Found | None:
+def _read_part(name: str, content: bytes, product: Product) -> Found | None:
     """The part if its rows add up to the digest it carries, else None."""
     try:
         table = pq.read_table(pa.BufferReader(content))
         digest = (table.schema.metadata or {})[DIGEST_KEY].decode()
-        if not table.schema.equals(TREES) or digest != combine_digests([row_digest(row) for row in rows_of(table)]):
+        if not table.schema.equals(product.schema):
+            return None
+        if digest != combine_digests([product.digest(row) for row in rows_of(table)]):
             return None
         image_ids = tuple(table["image_id"].to_pylist())
     except (ValueError, KeyError, OSError, pa.ArrowException):  # in memory, an OSError is a damaged file
@@ -258,7 +250,7 @@ def write_quarantine(refused: Iterable[Refused], out: Storage) -> None:
 # Errors travel as values, because Ray Data wraps exceptions in its own.
 
 
-def finish_chunk(results: Iterable[Row | Refused], out: Storage) -> pa.Table:
+def finish_chunk(results: Iterable[Row | Refused], out: Storage, product: Product) -> pa.Table:
     """Write the part of a chunk; the record that tells the driver."""
     rows: list[Row] = []
     record: Row = {"part": None, "image_ids": [], "refused": [], "storage_error": None}
@@ -269,7 +261,7 @@ def finish_chunk(results: Iterable[Row | Refused], out: Storage) -> pa.Table:
             rows.append(result)
     try:
         if rows:
-            record["part"] = vars(write_part(rows, out))
+            record["part"] = vars(write_part(rows, out, product))
             record["image_ids"] = [row["image_id"] for row in rows]
     except StorageError as error:
         record["storage_error"] = str(error)
@@ -329,6 +321,7 @@ def compute_all(
     resources: Resources,
     out: Storage,
     progress: Progress,
+    product: Product = TREES_PRODUCT,
 ) -> tuple[list[Part], list[Refused]]:
     """Parts and refused photos.
 
@@ -340,7 +333,7 @@ def compute_all(
     try:
         for chunk_images in (resources.chunk_images, 1):
             chunked = resources.model_copy(update={"chunk_images": chunk_images})
-            for record in compute(lost, features, data, chunked, out) if lost else ():
+            for record in compute(lost, features, data, chunked, out, product) if lost else ():
                 tally.add(record)
             lost = [photo for photo in lost if photo[0] not in tally.image_ids]
             gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
@@ -352,7 +345,12 @@ def compute_all(
 
 
 def compute(
-    photos: Sequence[Photo], features: FeaturesConfig, data: DataConfig, resources: Resources, out: Storage
+    photos: Sequence[Photo],
+    features: FeaturesConfig,
+    data: DataConfig,
+    resources: Resources,
+    out: Storage,
+    product: Product = TREES_PRODUCT,
 ) -> Iterator[Row]:
     """The records of the chunks, in the order in which they are finished.
 
@@ -370,9 +368,9 @@ def compute(
     pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1)
     if gpus:
         share = min(1.0, gpus / actors)
-        records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", num_gpus=share)
+        records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", share, product)
     else:
-        records = in_whole_chunks(chunks, features, data, out, pool)
+        records = in_whole_chunks(chunks, features, data, out, pool, product)
     yield from read_records(records)
 
 
@@ -400,10 +398,15 @@ def decode(photo: Photo, data: DataConfig) -> np.ndarray:
 
 
 def in_whole_chunks(
-    chunks: ray.data.Dataset, features: FeaturesConfig, data: DataConfig, out: Storage, pool: ray.data.ActorPoolStrategy
+    chunks: ray.data.Dataset,
+    features: FeaturesConfig,
+    data: DataConfig,
+    out: Storage,
+    pool: ray.data.ActorPoolStrategy,
+    product: Product,
 ) -> ray.data.Dataset:
     """Every worker takes chunks from files to part."""
-    return map_in_actors(chunks, ChunkWorker, (features, data, out), pool, num_gpus=None)
+    return map_in_actors(chunks, ChunkWorker, (features, data, out, product), pool, num_gpus=None)
 
 
 def map_in_actors(
@@ -431,24 +434,28 @@ def map_in_actors(
 class ChunkWorker:
     """An actor that decodes, describes, merges and writes."""
 
-    def __init__(self, features: FeaturesConfig, data: DataConfig, out: Storage) -> None:
+    def __init__(
+        self, features: FeaturesConfig, data: DataConfig, out: Storage, product: Product = TREES_PRODUCT
+    ) -> None:
         cv2.setNumThreads(1)  # one process a CPU: its threads would only wait for each other
-        ward.warm_up()
+        product.warm_up()
+        self.product = product
         self.extractor = build_extractor(features)
         self.data = data
         self.out = out
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        return finish_chunk(map(self.tree, photos_of(chunk)), self.out)
+        return finish_chunk(map(self.row, photos_of(chunk)), self.out, self.product)
 
-    def tree(self, photo: Photo) -> Row | Refused:
+    def row(self, photo: Photo) -> Row | Refused:
         pixels = attempt(photo, "decode", lambda: decode(photo, self.data))
         if isinstance(pixels, Refused):
             return pixels
         features = attempt(photo, "features", lambda: describe(pixels, self.extractor))
         if isinstance(features, Refused):
             return features
-        return attempt(photo, "merge", lambda: grow(photo[0], pixels.shape[:2], features))
+        make = functools.partial(self.product.make, photo[0], pixels.shape[:2], features, pixels)
+        return attempt(photo, self.product.step, make)
 
 
 # With GPUs a photo travels from task to actor to task: one row, its arrays as bytes.
@@ -474,9 +481,11 @@ def in_steps(
     pool: ray.data.ActorPoolStrategy,
     device: str,
     num_gpus: float | None,
+    product: Product = TREES_PRODUCT,
 ) -> ray.data.Dataset:
     """Tasks decode, actors that keep the network on their GPU describe, tasks merge and write."""
-    decode_task, merge_task = functools.partial(decode_chunk, data=data), functools.partial(merge_chunk, out=out)
+    decode_task = functools.partial(decode_chunk, data=data)
+    merge_task = functools.partial(merge_chunk, data=data, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus)
     return described.map_batches(merge_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=1)
@@ -502,9 +511,12 @@ class FeatureWorker:
         return pack(photo, size, attempt(photo, "features", lambda: describe(pixels, self.extractor)))
 
 
-def merge_chunk(travelling: pa.Table, out: Storage) -> pa.Table:
-    """A task that merges and writes."""
-    _warm_up()
+def merge_chunk(travelling: pa.Table, data: DataConfig, out: Storage, product: Product) -> pa.Table:
+    """A task that merges and writes. Pixels are decoded again where a product needs them: they are what is large."""
+    _warm_up(product)
+
+    def make(photo: Photo, size: tuple[int, int], features: np.ndarray) -> Row:
+        return product.make(photo[0], size, features, decode(photo, data) if product.needs_pixels else None)
 
     def results() -> Iterator[Row | Refused]:
         for row in travelling.to_pylist():
@@ -512,14 +524,14 @@ def merge_chunk(travelling: pa.Table, out: Storage) -> pa.Table:
             if isinstance(features, Refused):
                 yield features
             else:
-                yield attempt(photo, "merge", functools.partial(grow, photo[0], size, features))
+                yield attempt(photo, product.step, functools.partial(make, photo, size, features))
 
-    return finish_chunk(results(), out)
+    return finish_chunk(results(), out, product)
 
 
 @functools.cache
-def _warm_up() -> None:
-    ward.warm_up()
+def _warm_up(product: Product) -> None:
+    product.warm_up()
 
 
 def pack(photo: Photo, size: tuple[int, ...], content: np.ndarray | Refused) -> pa.Table:

@@ -87,16 +87,16 @@ class Job:
 def train(
     dataset: Dataset,
     run: Run,
-    trees: Storage | None,
+    proposals: Storage | None,
     resources: Resources,
     out: Storage,
     on_metrics: Callable[[int, dict[str, float]], None],
     pretraining: Storage | None = None,
 ) -> Output:
-    """Train the click model of `run` on the photos of `dataset` and their merge `trees`; resumes what is in `out`.
+    """Train the click model of `run` on the photos of `dataset` and their `proposals`; resumes what is in `out`.
 
-    trees: None for target.source=labels. pretraining: a directory with a saved model of the same variant, whose weights
-    are the start instead of model.init.
+    proposals: a finished trees or proposals artifact; None for target.source=labels. pretraining: a directory with a
+    saved model of the same variant, whose weights are the start instead of model.init.
 
     on_metrics(step, metrics): called in this thread once for each logged step: 1, the multiples of log_every, the last;
     after a restart also for the steps of earlier calls. metrics: loss and its parts loss_mask and loss_smooth (means
@@ -113,7 +113,7 @@ def train(
     """
     share_of_batch(run.train.batch_size, resources.num_workers)
     dataset = dataclasses.replace(dataset, root=dataset.root.resolve())  # workers have their own working directories
-    stream = open_stream(dataset, trees, run)
+    stream = open_stream(dataset, proposals, run)
     schedule = Schedule(len(stream.image_ids), run.train)
     done = complete_steps(out)
     if not done and (pretraining is not None or run.model.init == "mae"):

@@ -122,7 +122,7 @@ def test_photos_without_a_tree_are_left_out(material: tuple[Dataset, Storage], t
     mixed = Dataset("mixed", "train", dataset.root, (unknown, *dataset.samples[1:]), dataset.read, False)
     assert open_stream(mixed, trees, tiny_run()).image_ids == dataset.image_ids[1:]
     none = Dataset("none", "train", dataset.root, (unknown,), dataset.read, False)
-    with pytest.raises(ValueError, match="none of the 1 photos of none has a tree"):
+    with pytest.raises(ValueError, match="none of the 1 photos of none has a proposal"):
         open_stream(none, trees, tiny_run())
 
 
@@ -131,7 +131,7 @@ def test_a_photo_that_has_changed_is_refused(tmp_path: Path) -> None:
     stream = open_stream(dataset, trees, tiny_run())
     path = dataset.image_path(stream.visit(0)[1])
     Image.new("RGB", (100, 90)).save(path)
-    with pytest.raises(ValueError, match=r"90x100 pixels.*but was \d+x\d+ when its tree was made"):
+    with pytest.raises(ValueError, match=r"90x100 pixels.*but was \d+x\d+ when its proposals were made"):
         stream.example(0)
     path.write_bytes(b"not a photo")
     with pytest.raises(ImageRefused):

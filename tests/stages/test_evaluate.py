@@ -187,11 +187,11 @@ def best_by_drawing(tree: MergeTree, mask: np.ndarray) -> float:
 
 
 def test_overlaps_are_those_of_drawn_nodes(benchmark: Dataset, trees: Storage) -> None:
-    scored = stage.Overlapping(benchmark, trees).score(benchmark.image_ids, silent)
+    scored = stage.Overlapping(benchmark, trees, are_trees=True).score(benchmark.image_ids, silent)
     assert len(scored.rows) == IMAGES - 1  # one empty, one without a tree, one photo with two objects
     assert scored.excluded == [
         f"{EMPTY}, object 1: no pixel of the object",
-        "photo-09: its photo was refused, it has no tree",
+        "photo-09: its photo was refused, it has no proposals",
     ]
     for row in scored.rows:
         image_id = str(row["image_id"])
@@ -205,12 +205,12 @@ def test_overlaps_are_those_of_drawn_nodes(benchmark: Dataset, trees: Storage) -
 @pytest.mark.ray
 def test_overlaps_on_the_cluster(benchmark: Dataset, trees: Storage, tmp_path: Path, ray_cluster: None) -> None:
     out = Storage(str(tmp_path))
-    output = stage.evaluate_proposals(benchmark, trees, Resources(eval_workers=2), out)
-    alone = stage.Overlapping(benchmark, trees).score(benchmark.image_ids, silent).rows
+    output = stage.evaluate_proposals(benchmark, trees, True, Resources(eval_workers=2), out)
+    alone = stage.Overlapping(benchmark, trees, are_trees=True).score(benchmark.image_ids, silent).rows
     rows = rows_in(out, output)
-    assert [
-        {**row, "best_iou": float(np.float32(row["best_iou"])), "area": float(np.float32(row["area"]))} for row in alone
-    ] == rows
+    floats = ("best_iou", "area", "proposal_area")
+    assert [{**row, **{name: float(np.float32(row[name])) for name in floats}} for row in alone] == rows
+    assert output.summary["proposals"] == round(float(np.mean([row["proposals"] for row in alone])), 2)
     ious = [float(str(row["best_iou"])) for row in rows]
     assert output.summary["objects"] == IMAGES - 1
     assert output.summary["mean_best_overlap"] == round(float(np.mean(ious)), 4)
@@ -219,7 +219,7 @@ def test_overlaps_on_the_cluster(benchmark: Dataset, trees: Storage, tmp_path: P
     assert len(output.summary["excluded"]) == 2
     assert {name: str(kind) for name, kind in zip(stage.OVERLAPS.names, stage.OVERLAPS.types)} == {
         **{"dataset": "string", "image_id": "string", "object_id": "string"},
-        **{"best_iou": "float", "node": "int32", "area": "float"},
+        **{"best_iou": "float", "node": "int32", "area": "float", "proposals": "int32", "proposal_area": "float"},
     }
 
 
@@ -328,7 +328,7 @@ def test_a_worker_that_dies_is_replaced(
     benchmark: Dataset, trees: Storage, tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = Storage(str(tmp_path / "out"))
-    job = Dying(benchmark, trees, tmp_path / "scar")
+    job = Dying(benchmark, trees, True, tmp_path / "scar")
     found = stage._score(job, 8, Resources(eval_workers=1), 0, out)
     assert job.scar.exists()
     assert [each.image_ids for each in found] == [benchmark.image_ids[:8], benchmark.image_ids[8:]]
@@ -356,9 +356,9 @@ def test_a_benchmark_of_empty_masks_has_no_score(
     stage.write_part(job_of(empty, model_dir), [EMPTY], scored, out)
     with pytest.raises(DataError, match="no object to score"):
         stage.evaluate_model(empty, model_dir, CONFIG, ZOOM, Resources(use_gpu=False), out)
-    stage.write_part(stage.Overlapping(empty, trees), [EMPTY], scored, out)
-    with pytest.raises(DataError, match="no object with a tree"):
-        stage.evaluate_proposals(empty, trees, Resources(), out)
+    stage.write_part(stage.Overlapping(empty, trees, are_trees=True), [EMPTY], scored, out)
+    with pytest.raises(DataError, match="no object with a proposal"):
+        stage.evaluate_proposals(empty, trees, True, Resources(), out)
 
 
 def test_a_directory_without_a_model_is_refused(benchmark: Dataset, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_worker_that_cannot_be_placed_is_not_waited_for(
     holders = [ray.remote(Holder).options(num_cpus=1).remote() for _ in range(max(1, cpus // 2))]
     try:
         assert ray.get([holder.here.remote() for holder in holders], timeout=60)
-        job = stage.Overlapping(stage._absolute(benchmark), trees)
+        job = stage.Overlapping(stage._absolute(benchmark), trees, are_trees=True)
         found = stage._score(job, 1, Resources(eval_workers=cpus), 0, Storage(str(tmp_path / "out")))
         assert len(found) == len(benchmark)
     finally:

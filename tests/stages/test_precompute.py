@@ -31,6 +31,7 @@ from mis_platform.model.features import build_extractor
 from mis_platform.progress import Progress
 from mis_platform.simulation.ward import merge
 from mis_platform.stages import precompute
+from mis_platform.stages.products import TREES_PRODUCT
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
 FEATURES = FeaturesConfig(extractor="color_texture")
@@ -133,7 +134,7 @@ def test_the_digest_does_not_depend_on_the_parts(photos: Dataset, tmp_path: Path
 def test_the_digest_notices_every_column(photos: Dataset) -> None:
     row = row_of(photos, photos.image_ids[0])
     altered = [{**row, name: row[name] + ("x" if name == "image_id" else 1)} for name in TREES.names]
-    assert len({precompute.row_digest(each) for each in [row, *altered]}) == 1 + len(TREES.names)
+    assert len({TREES_PRODUCT.digest(each) for each in [row, *altered]}) == 1 + len(TREES.names)
 
 
 def test_whole_parts_are_found_again(photos: Dataset, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_every_row_is_what_the_functions_give(photos: Dataset, undisturbed: tupl
         assert {name: np.asarray(value).tolist() for name, value in expected.items()} == found
     rotated = Image.open(photos.image_path("photo_001"))
     assert (rows["photo_001"]["image_height"], rows["photo_001"]["image_width"]) == rotated.size
-    assert output.digest == combine_digests([precompute.row_digest(row) for row in expected_rows(photos)])
+    assert output.digest == combine_digests([TREES_PRODUCT.digest(row) for row in expected_rows(photos)])
     assert output.summary["images"] == 24
     assert output.summary["quarantined"] == 0
     assert output.summary["bytes"] == sum(path.stat().st_size for path in out.glob("trees-*.parquet"))
@@ -402,10 +403,10 @@ def test_a_photo_that_kills_its_worker_is_set_aside(
     photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Crashing(precompute.ChunkWorker):
-        def tree(self, photo: precompute.Photo) -> Any:
+        def row(self, photo: precompute.Photo) -> Any:
             if photo[0] == "photo_007":
                 os._exit(1)
-            return super().tree(photo)
+            return super().row(photo)
 
     monkeypatch.setattr(precompute, "ChunkWorker", Crashing)
     monkeypatch.setattr(precompute, "RETRIES", 0)
@@ -576,7 +577,7 @@ def resume_after(dataset: Dataset, out: Path, stops: list[tuple[signal.Signals, 
     output = run(dataset, out, chunk_images=16)
     assert kept.items() <= files_of(out).items(), "a whole part was written again"
     assert sorted(rows_in(out)) == sorted(dataset.image_ids)
-    expected = combine_digests([precompute.row_digest(row) for row in expected_rows(dataset)])
+    expected = combine_digests([TREES_PRODUCT.digest(row) for row in expected_rows(dataset)])
     assert output.digest == expected
     assert not [name for name in os.listdir(out) if name.startswith(TEMPORARY)]
 

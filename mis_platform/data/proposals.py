@@ -1,0 +1,240 @@
+"""Masks of other proposal methods as Parquet rows, and a reader that finds those of a photo without loading all."""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mis_platform.artifacts import read_manifest
+from mis_platform.data.schemas import PROPOSALS
+from mis_platform.data.trees import CACHE_BYTES, MAX_PART_BYTES, Part
+from mis_platform.storage import Storage
+
+_HEAD = ("image_id", "image_height", "image_width")
+
+
+class Proposals(NamedTuple):
+    """The masks of one photo; there may be none."""
+
+    masks: np.ndarray  # bool [K, H, W], pixels of the photo
+    scores: np.ndarray  # float32 [K], the method's confidence in each; 1 where it has no opinion
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def proposal_row(image_id: str, proposals: Proposals) -> dict[str, Any]:
+    """The row of one photo."""
+    masks, scores = proposals.masks, proposals.scores
+    assert masks.dtype == bool, masks.dtype
+    assert masks.ndim == 3, masks.shape
+    assert scores.shape == masks.shape[:1], (scores.shape, masks.shape)
+    return {
+        "image_id": image_id,
+        "image_height": masks.shape[1],
+        "image_width": masks.shape[2],
+        "scores": scores.astype(np.float32),
+        "areas": masks.sum(axis=(1, 2), dtype=np.int32),
+        "masks": [encode_mask(mask) for mask in masks],
+    }
+
+
+def row_digest(row: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of a row in hexadecimal, however its lists are held and whatever file it is in."""
+    digest = hashlib.sha256(json.dumps([*(row[name] for name in _HEAD), *map(len, row["masks"])]).encode())
+    digest.update(np.asarray(row["scores"], "<f4").tobytes())
+    digest.update(np.asarray(row["areas"], "<i4").tobytes())
+    for runs in row["masks"]:
+        digest.update(np.asarray(runs, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def rows_to_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows of `proposal_row` as a table with the schema PROPOSALS."""
+    return pa.Table.from_pylist(list(rows), schema=PROPOSALS)
+
+
+def encode_mask(mask: np.ndarray) -> np.ndarray:
+    """Run lengths of a mask, int32, in the order of COCO's uncompressed RLE. mask: bool [H, W].
+
+    Column by column; zeros and ones take turns, zeros begin, so that a mask with its first pixel set begins with 0.
+    """
+    pixels = mask.ravel(order="F")
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    edges = np.concatenate([[0], changes, [pixels.size]])
+    first = [0] if pixels.size and pixels[0] else []
+    return np.concatenate([first, np.diff(edges)]).astype(np.int32)
+
+
+def decode_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool [height, width], the inverse of `encode_mask`. Raises ValueError for runs that make no such mask."""
+    runs = np.asarray(runs, np.int64)
+    if (runs < 0).any():
+        raise ValueError(f"a run of {runs.min()} pixels")
+    if runs.sum() != height * width:
+        raise ValueError(f"runs of {runs.sum()} pixels together, a mask of {height}x{width} has {height * width}")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
+
+
+def best_overlap_of_masks(masks: np.ndarray, object_mask: np.ndarray) -> tuple[float, int]:
+    """The best IoU any mask reaches with an object, in [0, 1], and its number (the first of equals).
+
+    masks: bool [K, H, W]; object_mask: int8 [H, W]: 1 object, 0 not, -1 ignored (counted nowhere). No masks give
+    (0.0, -1), an object without pixels (0.0, 0) as in `simulation.proposals.best_overlap`.
+    """
+    assert masks.shape[1:] == object_mask.shape, (masks.shape, object_mask.shape)
+    if not len(masks):
+        return 0.0, -1
+    is_object, is_valid = object_mask == 1, object_mask != -1
+    inside = np.count_nonzero(masks & is_object, axis=(1, 2))
+    union = np.count_nonzero((masks | is_object) & is_valid, axis=(1, 2))
+    ious = inside / np.maximum(union, 1)
+    best = int(ious.argmax())
+    return float(ious[best]), best
+
+
+# -- reader ----------------------------------------------------------------------------------------------------------
+
+
+class ProposalReader:
+    """Random access by image id to the masks of a finished artifact.
+
+    As `data.trees.TreeReader`: follows the manifest's list of parts, never the directory; the first access reads every
+    part once, unpacked parts are kept while they fit into `cache_bytes`, the least recently used go first. Not for
+    several threads at once; it can be pickled and then starts anew.
+
+    Raises ValueError when there is no manifest, a part is not what the manifest says, or an image is in two parts; from
+    the methods below, KeyError for an image without a row and ValueError, naming part and image, for a damaged row.
+    """
+
+    def __init__(self, storage: Storage, cache_bytes: int = CACHE_BYTES) -> None:
+        self.storage = storage
+        self.cache_bytes = cache_bytes
+        self._parts: list[Part] = read_manifest(storage)["parts"]
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ProposalReader, (self.storage, self.cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._index
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """In the order of parts and rows; photos in which nothing was found are among them."""
+        return tuple(self._index)
+
+    def image_size(self, image_id: str) -> tuple[int, int]:
+        """(height, width) in pixels, after EXIF rotation."""
+        table, k = self._row(image_id)
+        return table["image_height"][k].as_py(), table["image_width"][k].as_py()
+
+    def count(self, image_id: str) -> int:
+        """How many masks the photo has, from 0."""
+        table, k = self._row(image_id)
+        return len(table["masks"][k])
+
+    def scores(self, image_id: str) -> np.ndarray:
+        """float32 [K]."""
+        table, k = self._row(image_id)
+        return table["scores"][k].values.to_numpy()
+
+    def mask(self, image_id: str, number: int) -> np.ndarray:
+        """Mask `number` in 0..count-1, bool [H, W]."""
+        assert 0 <= number < self.count(image_id), (number, image_id)
+        return self._decode(image_id, number)
+
+    def masks(self, image_id: str) -> np.ndarray:
+        """bool [K, H, W]."""
+        masks = np.empty((self.count(image_id), *self.image_size(image_id)), bool)
+        for number in range(len(masks)):
+            masks[number] = self._decode(image_id, number)
+        return masks
+
+    def _decode(self, image_id: str, number: int) -> np.ndarray:
+        table, k = self._row(image_id)
+        mask_runs, areas = table["masks"][k].values, table["areas"][k].values
+        try:
+            if not len(mask_runs) == len(areas) == len(table["scores"][k]):
+                raise ValueError(f"{len(mask_runs)} masks, {len(areas)} areas, {len(table['scores'][k])} scores")
+            mask = decode_mask(mask_runs[number].values.to_numpy(), *self.image_size(image_id))
+            if np.count_nonzero(mask) != areas[number].as_py():
+                raise ValueError(f"it covers {np.count_nonzero(mask)} pixels, its area says {areas[number]}")
+        except ValueError as error:
+            part = self._parts[self._index[image_id][0]]["name"]
+            raise ValueError(f"part {part}: image {image_id!r}: mask {number}: {error}") from None
+        return mask
+
+    @cached_property
+    def _index(self) -> dict[str, tuple[int, int]]:
+        """image id -> (number of its part, row in it)."""
+        index: dict[str, tuple[int, int]] = {}
+        for number, part in enumerate(self._parts):
+            for k, image_id in enumerate(self._table(number)["image_id"].to_pylist()):
+                if image_id in index:
+                    raise ValueError(f"part {part['name']}: image {image_id!r} was there already")
+                index[image_id] = (number, k)
+        return index
+
+    def _row(self, image_id: str) -> tuple[pa.Table, int]:
+        number, k = self._index[image_id]
+        return self._table(number), k
+
+    def _table(self, number: int) -> pa.Table:
+        if number not in self._cache:
+            self._cache[number] = _read_part(self.storage, self._parts[number])
+            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self.cache_bytes:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(number)
+        return self._cache[number]
+
+
+def _read_part(storage: Storage, part: Part) -> pa.Table:
+    """One part, checked against the manifest's entry. Raises ValueError as `data.trees.read_part` does."""
+    name = part["name"]
+    try:
+        table = _parse(_read_bytes(storage, part))
+        if table.num_rows != part["rows"]:
+            raise ValueError(f"{table.num_rows} rows, the manifest says {part['rows']}")
+        return table
+    except FileNotFoundError:
+        raise ValueError(f"part {name}: it is missing from {storage}") from None
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"part {name}: {str(error).splitlines()[0]}") from None
+
+
+def _read_bytes(storage: Storage, part: Part) -> bytes:
+    path = PurePosixPath(part["name"])
+    if path.is_absolute() or ".." in path.parts or "\\" in part["name"]:
+        raise ValueError("a part must lie inside its artifact")
+    if storage.local is not None and (storage.local / path).stat().st_size > MAX_PART_BYTES:
+        raise ValueError(f"larger than {MAX_PART_BYTES} bytes")
+    data = storage.read_bytes(part["name"])
+    if hashlib.sha256(data).hexdigest() != part["sha256"]:
+        raise ValueError("the file was altered or truncated: its SHA-256 is not the manifest's")
+    return data
+
+
+def _parse(data: bytes) -> pa.Table:
+    """One Parquet file. What it says it unpacks to is looked at first: repeated values pack almost to nothing."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    if not file.schema_arrow.equals(PROPOSALS):
+        names = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)
+        raise ValueError(f"columns {names} where those of proposals are expected: {', '.join(PROPOSALS.names)}")
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    values = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
+    unpacked = max(sum(group.total_byte_size for group in groups), values * np.dtype(np.int32).itemsize)
+    if unpacked > MAX_PART_BYTES:
+        raise ValueError(f"it unpacks to {unpacked} bytes, more than {MAX_PART_BYTES}")
+    return file.read()
