@@ -25,7 +25,7 @@ QUOTED = {  # deep, supervised
     "PseudoClick": ((None, 1.84), (None, 2.98), (None, 5.61), (4.74, 6.16)),
 }
 WITH_PUBLIC_WEIGHTS = {  # what would run a quoted row, once its authors' weights are at hand
-    "f-BRS": "mis import resnet50_dh128_sbd.pth is not supported; a RITM network takes f-BRS-B",
+    "f-BRS": "not its ResNet-50; f-BRS-B on RITM's HRNet: mis import sbd_h18_itermask.pth --out fbrs --refine fbrs",
     "RITM": "mis import sbd_h18_itermask.pth --out ritm && mis eval --model ritm --dataset grabcut",
 }
 CLASSICAL = {  # not deep; name: setting, numbers

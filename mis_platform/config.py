@@ -149,7 +149,7 @@ class ClassicalConfig(Settings):
     seed_radius: float = Field(5.0, ge=0)  # pixels around a click that count as clicked; chosen on GrabCut
     frame: bool = True  # the outermost pixels are background until the first negative click; chosen on GrabCut
     gamma: float = Field(150.0, ge=0)  # smoothness of GraphCut, GSC and ESC (Gulshan et al.)
-    beta: float = Field(130.0, gt=0)  # contrast of Random Walk's edges (scikit-image's default; Grady: 90)
+    beta: float = Field(1000.0, gt=0)  # contrast of Random Walk's edges, scikit-image's scale; chosen on GrabCut
 
 
 class ClickConfig(Settings):

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mis_platform"
 HEAVY = {
     *("cv2", "matplotlib", "mlflow", "numba", "numpy", "PIL", "pyarrow", "pydantic", "ray", "safetensors"),
-    *("maxflow", "pyamg", "scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "typer"),
+    *("maxflow", "scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "typer"),
 }
 
 # place -> (heavy packages it may import, parts of this package it may import)
@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"artifacts", "config", "errors", "simulation", "storage"},
     ),
     "baselines": (
-        {"cv2", "maxflow", "numpy", "pyamg", "scipy", "skimage", "sklearn"},
+        {"cv2", "maxflow", "numpy", "scipy", "skimage", "sklearn"},
         {"config", "data", "evaluation", "simulation"},
     ),
     "stages": (

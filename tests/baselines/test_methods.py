@@ -178,7 +178,7 @@ def test_a_walk_is_the_exact_solution() -> None:
     values[~known] = np.linalg.solve(
         laplacian[np.ix_(~known, ~known)], -laplacian[np.ix_(~known, known)] @ values[known]
     )
-    np.testing.assert_allclose(chances.ravel(), values, atol=5e-3)
+    np.testing.assert_allclose(chances.ravel(), values, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CLASSICAL_METHODS)

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from mis_platform.artifacts import Output, Part, Stage, combine_digests, sha256, write_manifest
-from mis_platform.config import EvalConfig, Resources
+from mis_platform.config import ClassicalConfig, EvalConfig, Resources
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.schemas import CLICKS, TREES
 from mis_platform.data.trees import rows_to_table, tree_row
 from mis_platform.errors import DataError
-from mis_platform.evaluation.protocol import Sample, evaluate, protocol_fingerprint
+from mis_platform.evaluation.protocol import Sample, evaluate, evaluate_click_model, protocol_fingerprint
 from mis_platform.model.simpleclick import SimpleClick
 from mis_platform.model.weights import load_model, save_model
 from mis_platform.simulation import ward
@@ -388,3 +388,66 @@ def test_a_worker_that_cannot_be_placed_is_not_waited_for(
     finally:
         for holder in holders:
             ray.kill(holder)
+
+
+# -- methods that need no training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_method_is_asked_on_the_cluster(benchmark: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    out = Storage(str(tmp_path / "out"))
+    output = stage.evaluate_method(benchmark, "geodesic", ClassicalConfig(), CONFIG, Resources(eval_workers=2), out)
+    model = stage.build_click_model("geodesic", ClassicalConfig())
+    samples = (
+        Sample(
+            benchmark.name,
+            image_id,
+            np.asarray(Image.open(benchmark.image_path(image_id))),
+            benchmark.read_objects(image_id),
+        )
+        for image_id in benchmark.image_ids
+    )
+    alone = list(evaluate_click_model(model, samples, CONFIG))
+    assert [
+        {**row, "iou": float(row["iou"]), "y": float(row["y"]), "x": float(row["x"])} for row in without_times(alone)
+    ] == without_times(rows_in(out, output))
+    assert output.summary["protocol"]["family"] == "geodesic"
+    assert output.summary["excluded"] == [f"{EMPTY}, object 1: no pixel of the object"]
+
+
+OWN = """
+import numpy as np
+
+class Everything:
+    def set_image(self, image):
+        self.size = image.shape[:2]
+
+    def predict(self, clicks, previous):
+        return np.full(self.size, 1, np.float32)
+
+class Nothing:
+    pass
+"""
+
+
+def test_a_class_of_ones_own_is_addressed_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_click_model.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = stage.build_click_model("own_click_model:Everything", ClassicalConfig())
+    model.set_image(np.zeros((4, 5, 3), np.uint8))
+    assert model.predict([], np.zeros((4, 5), np.float32)).all()
+    identity = stage.method_identity("own_click_model:Everything", ClassicalConfig())
+    assert identity == {"name": "own_click_model:Everything", "source": sha256(OWN.encode())}
+    with pytest.raises(ValueError, match="a ClickModel needs set_image"):
+        stage.build_click_model("own_click_model:Nothing", ClassicalConfig())
+    with pytest.raises(ValueError, match="has no attribute 'Missing'"):
+        stage.build_click_model("own_click_model:Missing", ClassicalConfig())
+    with pytest.raises(ValueError, match="the module must be importable"):
+        stage.build_click_model("no_such_module:Model", ClassicalConfig())
+
+
+def test_settings_of_a_classical_method_are_its_identity() -> None:
+    one = stage.method_identity("esc", ClassicalConfig())
+    assert one["settings"]["seed_radius"] == ClassicalConfig().seed_radius
+    assert one != stage.method_identity("esc", ClassicalConfig(seed_radius=3))
+    assert one != stage.method_identity("gsc", ClassicalConfig())

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from mis_platform.artifacts import Output, Part, Stage, combine_digests, ensure, read_manifest
-from mis_platform.config import DataConfig, FeaturesConfig, Resources
+from mis_platform.config import DataConfig, FeaturesConfig, Resources, SourcesConfig
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.images import read_image
 from mis_platform.data.schemas import QUARANTINE, TREES
@@ -31,7 +31,7 @@ from mis_platform.model.features import build_extractor
 from mis_platform.progress import Progress
 from mis_platform.simulation.ward import merge
 from mis_platform.stages import precompute
-from mis_platform.stages.products import TREES_PRODUCT
+from mis_platform.stages.products import TREES_PRODUCT, SourceProposals
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
 FEATURES = FeaturesConfig(extractor="color_texture")
@@ -614,3 +614,39 @@ def test_killed_workers_are_replaced(tmp_path: Path) -> None:
     assert child.returncode == 0, log
     assert sorted(rows_in(out)) == sorted(dataset.image_ids)
     assert quarantine_in(out) == {}
+
+
+@pytest.mark.ray
+def test_proposals_of_another_method_go_the_same_way(photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    """The masks are those of one process, a lost part is made again, and whole parts are kept."""
+    product, out = SourceProposals("dsm", SourcesConfig()), Storage(str(tmp_path / "out"))
+
+    def precomputed() -> Output:
+        return precompute.precompute(photos, FEATURES, DataConfig(), Resources(chunk_images=7), out, product)
+
+    first = precomputed()
+    extractor = build_extractor(FEATURES)
+    names = [part.name for part in first.parts if part.name.startswith("proposals-")]
+    rows = {
+        str(row["image_id"]): row
+        for name in names
+        for row in pq.read_table(pa.BufferReader(out.read_bytes(name))).to_pylist()
+    }
+    assert sorted(rows) == sorted(photos.image_ids)
+    for image_id in photos.image_ids[:5]:
+        image = read_image(photos.image_path(image_id))
+        grid = extractor.grid(*image.shape[:2])
+        features = extractor(extractor.prepare(image)[None])[0].reshape(*grid, -1)
+        made = product.make(image_id, image.shape[:2], features, image)
+        assert product.digest(made) == product.digest(rows[image_id])
+    assert sum(len(row["scores"]) for row in rows.values()) > len(rows)  # several masks a photo
+    kept = {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in names[1:]}
+    out.remove(names[0])
+    assert precomputed().digest == first.digest
+    assert {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in names[1:]} == kept
+
+
+def test_products_of_other_settings_are_other_products() -> None:
+    assert SourceProposals("dsm", SourcesConfig()) == SourceProposals("dsm", SourcesConfig())
+    assert hash(SourceProposals("dsm", SourcesConfig())) == hash(SourceProposals("dsm", SourcesConfig()))
+    assert SourceProposals("dsm", SourcesConfig()) != SourceProposals("tokencut", SourcesConfig())
