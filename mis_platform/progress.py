@@ -55,7 +55,8 @@ class Progress:
         rate = (self.done - self.start) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         share = f"{self.done}/{self.total} {self.unit}"
-        pace = f"{rate:.1f} {self.unit}/s, {duration(left)} left" if self.done < self.total else f"{duration(seconds)}"
+        speed = f"{rate:.1f}" if rate >= 1 or rate == 0 else f"{rate:.2g}"
+        pace = f"{speed} {self.unit}/s, {duration(left)} left" if self.done < self.total else f"{duration(seconds)}"
         return f"{self.label}: {share}, {pace}" + (f", {note}" if note else "")
 
     def close(self) -> None:

@@ -37,6 +37,16 @@ def test_what_an_earlier_attempt_did_does_not_count_as_speed(monkeypatch):
     assert log.getvalue() == "trees: 90/100 images, 1.0 images/s, 10 s left\n"
 
 
+def test_a_slow_rate_is_not_said_to_be_nothing(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("mis_platform.progress.time.monotonic", lambda: now[0])
+    log = io.StringIO()
+    progress = Progress("clicks of grabcut", 50, "images", stream=log)
+    now[0] = 60.0
+    progress.update(2)
+    assert log.getvalue() == "clicks of grabcut: 2/50 images, 0.033 images/s, 24 min 00 s left\n"
+
+
 def test_a_terminal_gets_one_line_that_is_rewritten():
     terminal = Terminal()
     progress = Progress("train", 2, "images", stream=terminal)
