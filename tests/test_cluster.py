@@ -141,6 +141,58 @@ def test_compose_has_no_password_and_stays_on_this_machine():
     assert not (CLUSTER / ".env").exists()
 
 
+RAY_HEAD = {"ray.io/is-ray-node": "yes", "ray.io/node-type": "head"}  # labels that KubeRay gives
+RAY_WORKER = {"ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
+SUBMITTER = {"app.kubernetes.io/component": "mis-submitter"}
+REDIS = {"app.kubernetes.io/name": "mis-redis"}
+
+
+def may_reach(source: dict[str, str], target: dict[str, str], port: int) -> bool:
+    """Whether the policies of base.yaml let a pod of the namespace open a connection to another one."""
+    policies = [each["spec"] for each in yaml.safe_load_all(BASE.read_text()) if each["kind"] == "NetworkPolicy"]
+
+    def selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
+        return selector is not None and selector.get("matchLabels", {}).items() <= labels.items()
+
+    def allows(direction: str, peers: str, own: dict[str, str], other: dict[str, str]) -> bool:
+        return any(
+            any(selects(peer.get("podSelector"), other) for peer in rule[peers])
+            and ("ports" not in rule or port in {each["port"] for each in rule["ports"]})
+            for policy in policies
+            if selects(policy["podSelector"], own)
+            for rule in policy.get(direction, [])
+        )
+
+    return allows("egress", "to", source, target) and allows("ingress", "from", target, source)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port", "expected"),
+    [
+        (RAY_HEAD, RAY_WORKER, 10002, True),
+        (RAY_WORKER, RAY_HEAD, 6379, True),
+        (SUBMITTER, RAY_HEAD, 8265, True),
+        (RAY_HEAD, REDIS, 6379, True),
+        (SUBMITTER, RAY_HEAD, 6379, False),
+        (SUBMITTER, RAY_WORKER, 8265, False),
+        (SUBMITTER, REDIS, 6379, False),
+        (RAY_WORKER, REDIS, 6379, False),
+        (REDIS, RAY_HEAD, 8265, False),
+        ({"app": "a neighbour"}, RAY_HEAD, 8265, False),
+        ({"app": "a neighbour"}, REDIS, 6379, False),
+        (RAY_HEAD, {"app": "a neighbour"}, 80, False),
+    ],
+)
+def test_who_may_talk_to_whom(source, target, port, expected):
+    assert may_reach(source, target, port) is expected
+
+
+def test_submitters_have_the_label_that_lets_them_in():
+    for name in ("precompute", "sweep"):
+        spec = yaml.safe_load((CLUSTER / f"kuberay/rayjob-{name}.yaml").read_text())["spec"]
+        assert spec["submitterPodTemplate"]["metadata"]["labels"] == SUBMITTER
+
+
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
 def test_spot_is_asked_for_first_and_on_demand_when_there_is_none(name):
     """By the scheduler of Ray itself, with the node types of the file."""
@@ -540,6 +592,9 @@ def test_a_hundred_megabytes_are_not_read(tmp_path):
 def test_unreadable_files_are_data_errors(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(DataError, match="no YAML files in"):
+        check_files([tmp_path / "folder.yaml"])
     for name in ("missing.yaml", "pipe.yaml", "binary.yaml"):
         with pytest.raises(DataError, match=f"cannot read .*{name}"):
             check_files([tmp_path / name])

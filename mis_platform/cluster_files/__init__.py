@@ -11,6 +11,7 @@ from mis_platform.cluster_files.documents import Document, read_documents
 from mis_platform.cluster_files.findings import ERROR, WARNING, Finding
 from mis_platform.cluster_files.kubernetes import check_manifests
 from mis_platform.cluster_files.launcher import check_launcher
+from mis_platform.errors import DataError
 
 __all__ = ["ERROR", "WARNING", "Finding", "check_files"]
 
@@ -18,7 +19,7 @@ __all__ = ["ERROR", "WARNING", "Finding", "check_files"]
 def check_files(files: Iterable[Path], cpu_only: bool = False) -> list[Finding]:
     """What is wrong with files that are used together, in their order; a directory stands for its YAML files.
 
-    cpu_only: a cluster without GPUs is what is wanted. Raises DataError when a file cannot be read.
+    cpu_only: a cluster without GPUs is what is wanted. Raises DataError when one cannot be read.
     """
     found: list[Finding] = []
     manifests: list[Document] = []
@@ -43,4 +44,10 @@ def check_files(files: Iterable[Path], cpu_only: bool = False) -> list[Finding]:
 
 
 def _yaml_files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.iterdir() if file.suffix in {".yaml", ".yml"})
+    try:
+        files = sorted(file for file in directory.iterdir() if file.suffix in {".yaml", ".yml"})
+    except OSError as error:
+        raise DataError(f"cannot read {directory}: {error.strerror}") from None
+    if not files:
+        raise DataError(f"no YAML files in {directory}")
+    return files

@@ -199,9 +199,7 @@ def check_manifests(documents: Sequence[Document], cpu_only: bool) -> Iterator[F
         yield from _keys(manifest)
         yield from _exposure(manifest)
         for path, template in _templates(manifest.value):
-            yield from _pod(
-                manifest.file, path, template, runs_ray="rayClusterSpec" in path or manifest.kind == "RayCluster"
-            )
+            yield from _pod(manifest.file, path, template, runs_ray=manifest.kind in {"RayCluster", "RayJob"})
         if manifest.kind == "RayCluster":
             yield from _cluster(manifest, ("spec",), mapping(manifest.value.get("spec")), cpu_only)
             if not mapping(manifest.value.get("spec")).get("gcsFaultToleranceOptions"):
