@@ -441,7 +441,7 @@ TABLE = [
         "and cost",
     ),
     (JOB, "  activeDeadlineSeconds: 604800  # a week\n", "", "spec.activeDeadlineSeconds", "a hanging job never ends"),
-    (JOB, "backoffLimit: 5", "backoffLimit: 0", "spec.backoffLimit", "a lost head ends the job"),
+    (JOB, "backoffLimit: 3", "backoffLimit: 0", "spec.backoffLimit", "a lost head ends the job"),
     (RAY, "version: v2", "version: v1", "spec.autoscalerOptions.version", "write v2"),
     (
         RAY,

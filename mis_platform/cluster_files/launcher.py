@@ -438,7 +438,7 @@ def _machines(file: str, config: Mapping[str, Any], cpu_only: bool) -> Iterator[
         yield Finding(
             file,
             "available_node_types",
-            "Ray's own machine image is of 2022: its driver is too old for CUDA 13",
+            "Ray's own machine image has CUDA 11.2: its driver is too old for CUDA 13",
             "write ImageId of a Deep Learning Base AMI in every node type",
             WARNING,
         )
