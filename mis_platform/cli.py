@@ -39,6 +39,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Datasets: what is there, and 
 app.add_typer(data_app, name="data")
 run_app = typer.Typer(no_args_is_help=True, help="Experiments: every table and figure of the paper.")
 app.add_typer(run_app, name="run")
+cluster_app = typer.Typer(no_args_is_help=True, help="Clusters: is a file right, before money is spent?")
+app.add_typer(cluster_app, name="cluster")
 
 RootOption = Annotated[
     str, typer.Option("--root", envvar="MIS_ROOT", help="Where artifacts go: a folder, or s3://bucket/prefix.")
@@ -300,6 +302,23 @@ def data_verify(
     typer.echo(str(report))
     if report.problems:
         raise typer.Exit(DATA)
+
+
+@cluster_app.command(name="validate")
+def cluster_validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files that are used together, or folders.")],
+    cpu_only: Annotated[bool, typer.Option("--cpu-only", help="A cluster without GPUs is what is wanted.")] = False,
+) -> None:
+    """Check Ray cluster YAMLs, Kubernetes manifests and Compose files offline (exit code 2 if anything is wrong)."""
+    from mis_platform import cluster_files
+
+    findings = cluster_files.check_files(files, cpu_only)
+    for finding in findings:
+        typer.echo(str(finding))
+    errors = sum(finding.severity == cluster_files.ERROR for finding in findings)
+    typer.echo(f"{errors} errors, {len(findings) - errors} warnings", err=True)
+    if errors:
+        raise typer.Exit(USAGE)
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------
