@@ -214,9 +214,9 @@ def tally_of(chunks: Iterable[list[precompute.Refused | None]]) -> precompute.Ta
     for k, chunk in enumerate(chunks):
         ids = [f"{k}/{place}" for place in range(len(chunk))]
         good = [image_id for image_id, each in zip(ids, chunk) if each is None]
-        part = vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0")) if good else None
+        parts = [vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0"))] if good else []
         bad = [each._replace(image_id=image_id) for image_id, each in zip(ids, chunk) if each is not None]
-        record = {"part": part, "image_ids": good, "refused": bad, "storage_error": None}
+        record = {"parts": parts, "image_ids": good, "refused": bad, "storage_error": None}
         tally.add(json.loads(json.dumps(record)))
     return tally
 
