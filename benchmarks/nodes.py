@@ -59,7 +59,9 @@ def nodes_of(layout: Layout) -> Iterator[None]:
     started = Cluster()
     try:
         for _ in range(layout.nodes):
-            started.add_node(num_cpus=layout.workers // layout.nodes, object_store_memory=STORE_BYTES)
+            started.add_node(
+                num_cpus=layout.workers // layout.nodes, object_store_memory=STORE_BYTES, include_dashboard=False
+            )
         os.environ["RAY_ADDRESS"] = started.address
         with cluster.cluster():
             yield
