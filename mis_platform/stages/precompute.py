@@ -33,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
 from mis_platform.artifacts import Output, Part, combine_digests, sha256
@@ -59,6 +60,7 @@ NOT_THE_PHOTO = (INTERNAL, Reason.UNREADABLE.value)  # reasons that may lie in t
 FAILURES_IN_A_ROW = 32  # of these reasons, without a single tree between them: it is not the photos
 RETRIES = 1  # of a chunk whose worker died
 LOST_CHUNKS = 16  # that may be given up after that; their photos are tried once more, one by one
+STALL_SECONDS = 300.0  # without a finished chunk
 MESSAGE_LETTERS = 500
 MAX_TASKS = 4096  # chunks in a wave, one a task: Ray Data plans every task in advance
 CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have nothing left to do, must not count
@@ -104,20 +106,21 @@ def precompute(
     The digest covers the trees alone. Call it while holding the lock of `out`.
 
     Raises DataError when no photo is left or one needs more memory than there is, StorageError when `out` cannot be
-    written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation, ValueError when
-    weights are missing. What was finished stays in `out`, and the next call goes on from there.
+    written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation or workers hang,
+    ValueError when weights are missing. What was finished stays in `out`, and the next call goes on from there.
     """
     began = time.monotonic()
     build_extractor(features)  # missing or wrong weights are noticed here, before any process starts
     out.remove_unfinished()
-    found = finished_parts(out, dataset.image_ids, product)
+    # Of millions of photos every index counts: the samples themselves are used, not the data set's lists by id.
+    found = finished_parts(out, (sample.image_id for sample in dataset.samples), product)
     finished = {image_id for each in found for image_id in each.image_ids}
-    missing = sorted(image_id for image_id in dataset.image_ids if image_id not in finished)
+    missing = sorted(sample for sample in dataset.samples if sample.image_id not in finished)
     parts, refused = [each.part for each in found], list_refused(dataset)
     progress = Progress(product.name, len(dataset), "images", start=len(finished))
     del found, finished
     if missing:
-        photos = ((image_id, os.fsencode(dataset.image_path(image_id))) for image_id in missing)
+        photos = ((sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in missing)
         resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
         with cluster.cluster():
             made, failed = compute_all(photos, features, data, resources, out, progress, product)
@@ -352,7 +355,8 @@ def compute_all(
     """Parts and refused photos.
 
     Photos of chunks whose workers died are tried again, one by one, so that a photo that ends every process which
-    touches it takes no other with it.
+    touches it takes no other with it. So are those of chunks that are stuck: their worker hangs, or waits for ever
+    because its node is gone and no other has room for it.
     """
     tally, waiting = Tally(progress), iter(photos)
     wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * _workers(resources, _gpus(resources)))
@@ -360,10 +364,14 @@ def compute_all(
     try:
         while lost := list(islice(waiting, wave_images)):
             tally.image_ids.clear()
-            for chunk_images in (resources.chunk_images, 1):
+            for is_last, chunk_images in ((False, resources.chunk_images), (True, 1)):
                 chunked = resources.model_copy(update={"chunk_images": chunk_images})
-                for record in compute(lost, features, data, chunked, out, product) if lost else ():
-                    tally.add(record)
+                try:
+                    for record in compute(lost, features, data, chunked, out, product) if lost else ():
+                        tally.add(record)
+                except ExecutionTimeoutError:
+                    if is_last:
+                        raise RuntimeError(f"no photo was finished for {STALL_SECONDS:.0f} s: workers hang") from None
                 lost = [photo for photo in lost if photo[0] not in tally.image_ids]
                 gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
             tally.refused += [Refused(k, printable(os.fsdecode(path)), "worker", INTERNAL, died) for k, path in lost]
@@ -389,6 +397,7 @@ def compute(
     gpus = _gpus(resources)
     chunks = chunk_dataset(photos, resources.chunk_images)
     chunks.context.max_errored_blocks = LOST_CHUNKS
+    chunks.context.execution_no_progress_timeout_s = STALL_SECONDS
     workers = _workers(resources, gpus)
     # A chunk that waits at a worker is lost with it. Single photos are handed out one at a time for that reason.
     pool = ray.data.ActorPoolStrategy(
