@@ -11,14 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
-from precompute_material import expected_digest, files_of, quarantine_in, rows_in, run, write_photos
+from precompute_material import FEATURES, expected_digest, files_of, quarantine_in, rows_in, run, write_photos
 from processes import descendants, kill_group, memory, named, running, start, wait_until, wait_until_gone
 from ray.cluster_utils import Cluster
 
+from mis_platform.config import DataConfig, Resources
 from mis_platform.data.benchmarks import Dataset, open_dataset
+from mis_platform.data.trees import tree_from_row
 from mis_platform.stages import precompute
 from mis_platform.storage import TEMPORARY, Storage
 
@@ -53,6 +58,89 @@ def check_whole(dataset: Dataset, out: Path, log: str = "") -> None:
     assert quarantine_in(out) == {}, log
     assert precompute.combine_digests([each.part.digest for each in found]) == expected_digest(dataset)
     assert not [name for name in os.listdir(out) if name.startswith(TEMPORARY)]
+
+
+# -- photos, without Ray ---------------------------------------------------------------------------------------------
+
+
+def chunk_of(dataset: Dataset) -> pa.Table:
+    paths = [os.fsencode(dataset.image_path(image_id)) for image_id in dataset.image_ids]
+    return pa.table({"image_ids": [list(dataset.image_ids)], "paths": [paths]})
+
+
+def record_of(worker: precompute.ChunkWorker, dataset: Dataset) -> dict[str, Any]:
+    return json.loads(worker(chunk_of(dataset))["record"][0].as_py())
+
+
+def test_odd_and_identical_photos_have_trees(tmp_path: Path) -> None:
+    """50:1, one colour, black, noise, and one photo twenty times: rows that differ in nothing but the id."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    write_photos(photos, 1)
+    for k in range(1, 20):
+        os.link(photos / "photo_000.jpg", photos / f"photo_{k:03d}.jpg")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photos / "noise.png")
+    Image.new("RGB", (96, 64)).save(photos / "black.png")
+    Image.new("RGB", (96, 64), (90, 130, 40)).save(photos / "colour.png")
+    Image.fromarray(noise).resize((6000, 120)).save(photos / "wide.png")
+    Image.fromarray(noise).resize((120, 6000)).save(photos / "tall.png")
+    dataset = open_dataset(f"folder:{photos}")
+    record = record_of(precompute.ChunkWorker(FEATURES, DataConfig(), Storage(str(out))), dataset)
+    assert record["refused"] == []
+    rows = rows_in(out)
+    for row in rows.values():
+        tree_from_row(row)  # raises when it is not valid
+    assert (rows["wide"]["grid_height"], rows["wide"]["grid_width"]) == (15, 750)
+    assert (rows["tall"]["grid_height"], rows["tall"]["grid_width"]) == (750, 15)
+    same = [{**row, "image_id": ""} for image_id, row in rows.items() if image_id.startswith("photo_")]
+    assert len(same) == 20
+    assert same.count(same[0]) == 20
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers_cost_that_photo(tmp_path: Path, value: float) -> None:
+    dataset = write_photos(tmp_path / "photos", 6)
+    worker = precompute.ChunkWorker(FEATURES, DataConfig(), Storage(str(tmp_path / "out")))
+    extract, calls = worker.extractor, []
+
+    class Broken:
+        prepare, grid = extract.prepare, extract.grid
+
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            features = extract(batch).copy()
+            calls.append(len(calls))
+            if len(calls) == 3:
+                features[0, 0] = value
+            return features
+
+    worker.extractor = Broken()  # type: ignore[assignment]
+    record = record_of(worker, dataset)
+    ((image_id, _, stage, reason, message),) = record["refused"]
+    assert (image_id, stage, reason) == ("photo_002", "merge", "INTERNAL")
+    assert "finite" in message or "number" in message, message
+    assert sorted(rows_in(tmp_path / "out")) == [name for name in dataset.image_ids if name != "photo_002"]
+
+
+def test_large_rows_are_written_before_the_chunk_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_photos(tmp_path / "photos", 12)
+    monkeypatch.setattr(precompute, "PART_BYTES", 1000)
+    out = tmp_path / "out"
+    record = record_of(precompute.ChunkWorker(FEATURES, DataConfig(), Storage(str(out))), dataset)
+    assert 3 < len(record["parts"]) < 12
+    assert record["image_ids"] == list(dataset.image_ids)
+    names = [part["name"] for part in record["parts"]]
+    assert sorted(names) == sorted(files_of(out))
+    monkeypatch.undo()
+    found = precompute.finished_parts(Storage(str(out)), dataset.image_ids)
+    assert precompute.combine_digests([each.part.digest for each in found]) == expected_digest(dataset)
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "given"),
+    [(1, 16, 16), (262_144, 16, 16), (1_000_000, 16, 62), (10**7, 16, 128), (10**9, 16, 128), (10**7, 500, 500)],
+)
+def test_chunks_grow_with_the_data_set(images: int, asked: int, given: int) -> None:
+    assert precompute.images_in_a_chunk(images, Resources(chunk_images=asked)) == given
 
 
 # -- the driver and its cluster --------------------------------------------------------------------------------------
