@@ -117,12 +117,13 @@ def precompute(
     finished = {image_id for each in found for image_id in each.image_ids}
     missing = sorted(sample for sample in dataset.samples if sample.image_id not in finished)
     parts, refused = [each.part for each in found], list_refused(dataset)
-    progress = Progress(product.name, len(dataset), "images", start=len(finished))
+    done = len(finished)
     del found, finished
     if missing:
         photos = ((sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in missing)
         resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
         with cluster.cluster():
+            progress = Progress(product.name, len(dataset), "images", start=done)
             made, failed = compute_all(photos, features, data, resources, out, progress, product)
         parts, refused = parts + made, refused + failed
     write_quarantine(refused, out)
@@ -156,7 +157,8 @@ def _check_outcome(dataset: Dataset, parts: Sequence[Part], refused: Sequence[Re
             if refused
             else f"there are no photos in {dataset.name}: searched {dataset.root}"
         )
-    lost = [part.name for part in parts if not out.exists(part.name)]
+    present = set(out.names())  # one listing: on an object store each question is a request
+    lost = [part.name for part in parts if part.name not in present]
     if lost:
         raise StorageError(f"{lost[0]} was written by another machine and is not in {out}: use a shared --root")
 
