@@ -357,29 +357,52 @@ def compute_all(
     """Parts and refused photos.
 
     Photos of chunks whose workers died are tried again, one by one, so that a photo that ends every process which
-    touches it takes no other with it. So are those of chunks that are stuck: their worker hangs, or waits for ever
-    because its node is gone and no other has room for it.
+    touches it takes no other with it.
     """
     tally, waiting = Tally(progress), iter(photos)
     wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * _workers(resources, _gpus(resources)))
     died = "its worker process failed or died whenever it came to this photo"
+
+    def try_all(left: list[Photo], chunk_images: int) -> list[Photo]:
+        """Those that are still missing."""
+        chunked = resources.model_copy(update={"chunk_images": chunk_images})
+        while left:
+            is_through = add_up(compute(left, features, data, chunked, out, product), tally)
+            still = [photo for photo in left if photo[0] not in tally.image_ids]
+            gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
+            is_stuck = len(still) == len(left) <= LOST_CHUNKS * resources.chunk_images  # more may wait for nodes
+            left = still
+            if is_through or (is_stuck and chunk_images > 1):
+                break
+            if is_stuck:
+                raise RuntimeError(
+                    f"workers hang, or the cluster has no room for one: none of {len(left)} photos, of which "
+                    f"{printable(os.fsdecode(left[0][1]))} is the first, was finished in {STALL_SECONDS:.0f} s"
+                )
+        return left
+
     try:
-        while lost := list(islice(waiting, wave_images)):
+        while wave := list(islice(waiting, wave_images)):
             tally.image_ids.clear()
-            for is_last, chunk_images in ((False, resources.chunk_images), (True, 1)):
-                chunked = resources.model_copy(update={"chunk_images": chunk_images})
-                try:
-                    for record in compute(lost, features, data, chunked, out, product) if lost else ():
-                        tally.add(record)
-                except ExecutionTimeoutError:
-                    if is_last:
-                        raise RuntimeError(f"no photo was finished for {STALL_SECONDS:.0f} s: workers hang") from None
-                lost = [photo for photo in lost if photo[0] not in tally.image_ids]
-                gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
+            lost = try_all(try_all(wave, resources.chunk_images), 1)
             tally.refused += [Refused(k, printable(os.fsdecode(path)), "worker", INTERNAL, died) for k, path in lost]
     finally:
         progress.close()
     return tally.parts, tally.refused
+
+
+def add_up(records: Iterable[Row], tally: Tally) -> bool:
+    """Whether that went to the end.
+
+    If not, the chunks of some workers are stuck: they hang, or wait for ever because their node is gone and no other
+    has room for them.
+    """
+    try:
+        for record in records:
+            tally.add(record)
+    except ExecutionTimeoutError:
+        return False
+    return True
 
 
 def compute(

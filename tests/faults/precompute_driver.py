@@ -1,11 +1,14 @@
 """`python precompute_driver.py FOLDER OUT`: makes trees as `mis precompute` does, and notes each photo it computes.
 
-A line of OUT.computed is: the node, the process, the image id. With --steps photos go through the object store as they
+A line of OUT.computed is: the node, the process, the image id. The worker that comes to the photo which OUT.hung names
+stops for ever, and leaves its process id there. With --steps photos go through the object store as they
 do on a cluster with GPUs, the features computed on a CPU.
 """
 
 import argparse
 import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +24,10 @@ class Noting(precompute.ChunkWorker):
         note = f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {photo[0]}\n"
         with open(f"{self.out.uri}.computed", "a") as file:
             file.write(note)
+        scar = Path(f"{self.out.uri}.hung")
+        if scar.exists() and scar.read_text() == photo[0]:
+            scar.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
         return super().row(photo)
 
 

@@ -1,5 +1,6 @@
 """Precompute killed with real signals, at any moment: every image once, the digest of an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +227,27 @@ def test_killed_workers_are_replaced(tmp_path: Path) -> None:
     assert len(computed(out)) <= 400 + 6 * 4
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_given_up(tmp_path: Path) -> None:
+    dataset, out = write_photos(tmp_path / "photos", 40), tmp_path / "out"
+    scar = Path(f"{out}.hung")
+    scar.write_text("photo_007")
+    try:
+        with start_driver(dataset, out, "--chunk", "4", "--stall", "10") as child:
+            log, _ = child.communicate(timeout=200)
+    finally:
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int(scar.read_text()), signal.SIGKILL)
+    assert child.returncode == 0, log
+    check_whole(dataset, out, log)
+    assert len(computed(out)) <= 40 + 2 * 4, "the chunk that hung and the one that waited behind it"
+
+
 # -- nodes -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def cluster_of(*cpus: int, store: int = 150 * 2**20) -> Iterator[Cluster]:
     """Nodes on this machine, the first one is the head."""
     cluster = Cluster()
