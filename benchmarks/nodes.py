@@ -60,7 +60,10 @@ def nodes_of(layout: Layout) -> Iterator[None]:
     try:
         for _ in range(layout.nodes):
             started.add_node(
-                num_cpus=layout.workers // layout.nodes, object_store_memory=STORE_BYTES, include_dashboard=False
+                num_cpus=layout.workers // layout.nodes,
+                object_store_memory=STORE_BYTES,
+                include_dashboard=False,
+                dashboard_port=0,
             )
         os.environ["RAY_ADDRESS"] = started.address
         with cluster.cluster():

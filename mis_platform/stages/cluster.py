@@ -32,10 +32,6 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray otherwise ends a process that idles for a second; the loading tasks of a training then import all over again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(60_000))
-    # Of an actor whose arguments lie in the object store, as those of Ray Data do, Ray prints that it could not be
-    # started again if they were lost; they are only lost with the driver. This level is the one switch for that, and
-    # what fails is still raised.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
