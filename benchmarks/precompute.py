@@ -44,8 +44,7 @@ def measure(records: Iterable[dict[str, Any]]) -> Measured:
     parts = []
     for record in records:
         arrivals.append((time.perf_counter(), len(record["image_ids"]) + len(record["refused"])))
-        if record["part"] is not None:
-            parts.append(Part(**record["part"]))
+        parts += [Part(**part) for part in record["parts"]]
     first, last = arrivals[0][0], arrivals[-1][0]
     return Measured(
         start_up=first - began,

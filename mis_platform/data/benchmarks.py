@@ -345,9 +345,10 @@ def _open_folder(name: str, layout: Layout, root: Path, images: Path, masks: Pat
         refused = f"; {len(listing.refused)} others are no usable files" if listing.refused else ""
         raise DataError(f"no images in {images} (searched for {', '.join(sorted(SUFFIXES))}{refused})")
     mask_listing = list_images(masks, recursive=False) if is_labelled else None
-    mask_names = [path.name for _, path in mask_listing.images] if mask_listing else []
-    names = {image_id: path.relative_to(root).as_posix() for image_id, path in listing.images}
-    owned, extra = _match_masks(names, mask_names, layout.numbered)
+    mask_names = [file for _, file in mask_listing.images] if mask_listing else []
+    folder = "" if images == root else f"{images.relative_to(root).as_posix()}/"
+    names = {image_id: folder + file for image_id, file in listing.images}
+    owned, extra = _match_masks(names, mask_names, layout.numbered) if mask_names else ({}, [])
     samples = tuple(
         Sample(image_id, file, tuple(MaskFile(key, f"{layout.masks}/{mask}") for key, mask in owned.get(image_id, ())))
         for image_id, file in names.items()

@@ -20,6 +20,7 @@ How pixels become 8-bit RGB:
 The orientation that EXIF (or XMP, as Pillow reads it) states is applied once; metadata that cannot be read is ignored.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -29,7 +30,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -111,9 +112,12 @@ class Refusal(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a folder holds: (image id, path) in the order of the relative paths' bytes, and what was refused."""
+    """What a folder holds: (image id, path below it, with "/") in the order of the paths' bytes, and what was refused.
 
-    images: tuple[tuple[str, Path], ...]
+    Text, not paths: of ten million photos those alone would take 6 GB.
+    """
+
+    images: tuple[tuple[str, str], ...]
     refused: tuple[Refusal, ...]
 
 
@@ -158,17 +162,18 @@ def list_images(folder: str | Path, recursive: bool = True) -> Listing:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder")
-    found: list[Path] = []
+    files: list[str] = []
     refused: list[Refusal] = []
+    resolved = root.resolve()
     for path in _walk(root, recursive, refused):
-        refusal = _refusal(path, root.resolve())
+        refusal = _refusal(path, resolved)
         if refusal is None:
-            found.append(path)
+            files.append(path.relative_to(root).as_posix())
         else:
             refused.append(Refusal(path, *refusal))
-    ids = _image_ids([path.relative_to(root).as_posix() for path in found])
-    images = sorted(zip(ids, found), key=lambda item: os.fsencode(item[1]))
-    return Listing(tuple(images), tuple(sorted(refused, key=lambda item: os.fsencode(item.path))))
+    files.sort(key=os.fsencode)
+    images = tuple(zip(_image_ids(files), files))
+    return Listing(images, tuple(sorted(refused, key=lambda item: os.fsencode(item.path))))
 
 
 # -- opening ---------------------------------------------------------------------------------------------------------
@@ -445,9 +450,28 @@ def _refusal(path: Path, root: Path) -> tuple[Reason, str] | None:
 
 def _image_ids(names: list[str]) -> list[str]:
     """An id for each relative path; see `list_images`."""
-    stems = [os.path.splitext(name)[0] for name in names]
-    taken = Counter(_folded(stem) for stem in stems) + Counter(_folded(name) for name in names)
-    return [_printable(stem if taken[_folded(stem)] == 1 else name) for stem, name in zip(stems, names)]
+
+    def keys() -> Iterator[str]:
+        for name in names:
+            yield _folded(os.path.splitext(name)[0])
+            yield _folded(name)
+
+    taken = _repeated(keys)
+    stems = (os.path.splitext(name)[0] for name in names)
+    return [_printable(name if taken and _folded(stem) in taken else stem) for stem, name in zip(stems, names)]
+
+
+def _repeated(keys: Callable[[], Iterator[str]]) -> set[str]:
+    """The keys that come more than once; never holds all of them, of millions of files that would be gigabytes."""
+
+    def digest(key: str) -> int:
+        return int.from_bytes(hashlib.blake2b(key.encode("utf8", "surrogateescape"), digest_size=8).digest(), "little")
+
+    digests = np.fromiter(map(digest, keys()), np.uint64)
+    digests.sort()
+    again = set(digests[1:][digests[1:] == digests[:-1]].tolist())
+    counts = Counter(key for key in keys() if digest(key) in again) if again else Counter[str]()
+    return {key for key, count in counts.items() if count > 1}  # two digests may also agree by chance
 
 
 def _folded(name: str) -> str:

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import json
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU
 CHUNK_IMAGES = 8  # photos in a part, at least
 ROUNDS = 4  # forwards' worth of objects in a chunk, so that a GPU is not left half full for long
 POLL_SECONDS = 1.0
+SILENT_SECONDS = 30.0  # without an answer of a worker: one that has nothing to do takes over its chunk
 RETRIES = 2  # of a chunk whose worker died
 TIMES = ("ms",)  # columns that are measured, not computed
 IMAGES_KEY, EXCLUDED_KEY, DIGEST_KEY = b"mis_platform.images", b"mis_platform.excluded", b"mis_platform.digest"
@@ -417,35 +419,50 @@ def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
 def _spread(
     workers: Sequence[Any], job: Job, chunks: Sequence[Sequence[str]], progress: Progress
 ) -> Iterator[tuple[Sequence[str], Scored]]:
-    """Each chunk with what a worker found, as they are finished."""
-    waiting, shared = deque(chunks), ray.put(job)
-    running: dict[Any, tuple[Any, Sequence[str]]] = {}
+    """Each chunk with what a worker found, as they are finished.
+
+    A worker whose node is lost may wait for another one for ever; its chunk is done twice, by whoever is idle.
+    """
+    waiting, shared = deque(range(len(chunks))), ray.put(job)
+    running: dict[Any, tuple[Any, int]] = {}
     # A chunk goes to a worker that is alive: others on the cluster may hold the CPUs that a second one waits for, and
     # two evaluations that share it would wait for each other for ever.
     starting = {worker.progress.remote(): worker for worker in workers}
+    idle: list[Any] = []
+    left = set(waiting)
+    heard: dict[Any, float] = {}  # when a worker answered last
     images, rows = progress.start, 0
 
-    def go_on(worker: Any) -> None:
-        if waiting:
-            chunk = waiting.popleft()
-            running[worker.score.remote(shared, chunk)] = worker, chunk
+    def give(worker: Any, chunk: int) -> None:
+        heard[worker] = time.monotonic()
+        running[worker.score.remote(shared, chunks[chunk])] = worker, chunk
 
     try:
-        while running or waiting:
+        while left:
             ready, _ = ray.wait([*running, *starting], timeout=POLL_SECONDS)
             for reference in ready:
                 if reference in starting:
-                    go_on(starting.pop(reference))
+                    idle.append(starting.pop(reference))
                     continue
                 worker, chunk = running.pop(reference)
+                if chunk not in left:  # somebody else was faster than a worker that was silent, or is dead
+                    continue
                 scored = _result(reference)
-                images, rows = images + len(chunk), rows + len(scored.rows)
-                go_on(worker)
-                yield chunk, scored
+                left.remove(chunk)
+                idle.append(worker)
+                images, rows = images + len(chunks[chunk]), rows + len(scored.rows)
+                yield chunks[chunk], scored
+            while idle and waiting:
+                give(idle.pop(), waiting.popleft())
             begun = _begun(worker for worker, _ in running.values())
+            heard |= dict.fromkeys(begun, time.monotonic())
+            for worker, chunk in list(running.values()) if idle else ():
+                if chunk in left and time.monotonic() - heard[worker] > SILENT_SECONDS and idle:
+                    give(idle.pop(), chunk)
+                    heard[worker] = time.monotonic()
             # A worker may not have begun its next chunk yet.
-            seen = min(images + begun[0], progress.total - bool(running or waiting))
-            progress.update(seen, f"{rows + begun[1]} {job.noun}")
+            seen = min(images + sum(each[0] for each in begun.values()), progress.total - bool(left))
+            progress.update(seen, f"{rows + sum(each[1] for each in begun.values())} {job.noun}")
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -460,16 +477,15 @@ def _result(reference: Any) -> Scored:
         raise
 
 
-def _begun(workers: Iterable[Any]) -> tuple[int, int]:
-    """Photos and rows finished in the chunks that are under way; those that answer at once count."""
-    answers = [worker.progress.remote() for worker in workers]
-    ready, _ = ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS) if answers else ([], [])
-    images = rows = 0
+def _begun(workers: Iterable[Any]) -> dict[Any, tuple[int, int]]:
+    """Photos and rows finished in the chunks that are under way, of the workers that answer at once."""
+    answers = {worker.progress.remote(): worker for worker in workers}
+    ready, _ = ray.wait([*answers], num_returns=len(answers), timeout=POLL_SECONDS) if answers else ([], [])
+    begun = {}
     for answer in ready:
         with contextlib.suppress(ray.exceptions.RayError):  # a worker that died is reported by its chunk
-            begun = ray.get(answer)
-            images, rows = images + begun[0], rows + begun[1]
-    return images, rows
+            begun[answers[answer]] = ray.get(answer)
+    return begun
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ Notable choices:
   (temporary file, then rename) and returns one small record: the same part always has the same name.
 * **The directory is the state.** After any interruption the whole parts are found by reading them; only photos in none
   of them are computed. The digest is a sum over rows, so it does not depend on how photos were cut into parts.
+* **What grows with the photos are names.** They go to Ray Data in waves, chunks become larger the more photos there
+  are, and large trees are written before a chunk is finished: no process's memory grows with the data set but for the
+  driver's list of its files.
 * **Without a GPU each worker does all steps of its chunk**: what is cheap to compute is not worth sending. With GPUs,
   their workers only describe; CPU tasks decode before and merge after them.
 """
@@ -22,6 +25,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 
 import cv2
@@ -29,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
 
 from mis_platform.artifacts import Output, Part, combine_digests, sha256
@@ -55,8 +60,13 @@ NOT_THE_PHOTO = (INTERNAL, Reason.UNREADABLE.value)  # reasons that may lie in t
 FAILURES_IN_A_ROW = 32  # of these reasons, without a single tree between them: it is not the photos
 RETRIES = 1  # of a chunk whose worker died
 LOST_CHUNKS = 16  # that may be given up after that; their photos are tried once more, one by one
+STALL_SECONDS = 300.0  # without a finished chunk
 MESSAGE_LETTERS = 500
-MAX_TASKS = 4096  # chunks are grouped beyond that, Ray Data plans every task in advance
+MAX_TASKS = 4096  # chunks in a wave, one a task: Ray Data plans every task in advance
+CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have nothing left to do, must not count
+MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest lists every part
+MAX_CHUNK = 128  # photos that they grow to: a training reads a whole part to get at one tree
+PART_BYTES = 32 * 2**20  # of rows in memory; a chunk with more becomes several parts
 
 Step = TypeVar("Step")
 Row = dict[str, Any]
@@ -96,20 +106,24 @@ def precompute(
     The digest covers the trees alone. Call it while holding the lock of `out`.
 
     Raises DataError when no photo is left or one needs more memory than there is, StorageError when `out` cannot be
-    written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation, ValueError when
-    weights are missing. What was finished stays in `out`, and the next call goes on from there.
+    written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation or workers hang,
+    ValueError when weights are missing. What was finished stays in `out`, and the next call goes on from there.
     """
     began = time.monotonic()
     build_extractor(features)  # missing or wrong weights are noticed here, before any process starts
     out.remove_unfinished()
-    found = finished_parts(out, dataset.image_ids, product)
+    # Of millions of photos every index counts: the samples themselves are used, not the data set's lists by id.
+    found = finished_parts(out, (sample.image_id for sample in dataset.samples), product)
     finished = {image_id for each in found for image_id in each.image_ids}
-    missing = sorted(set(dataset.image_ids) - finished)
+    missing = sorted(sample for sample in dataset.samples if sample.image_id not in finished)
     parts, refused = [each.part for each in found], list_refused(dataset)
+    done = len(finished)
+    del found, finished
     if missing:
-        photos = [(image_id, os.fsencode(dataset.image_path(image_id))) for image_id in missing]
+        photos = ((sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in missing)
+        resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
         with cluster.cluster():
-            progress = Progress(product.name, len(dataset), "images", start=len(finished))
+            progress = Progress(product.name, len(dataset), "images", start=done)
             made, failed = compute_all(photos, features, data, resources, out, progress, product)
         parts, refused = parts + made, refused + failed
     write_quarantine(refused, out)
@@ -128,6 +142,11 @@ def precompute(
     )
 
 
+def images_in_a_chunk(images: int, resources: Resources) -> int:
+    """Photos that are computed together. images: of the whole data set, so that a resumed run has the same chunks."""
+    return max(resources.chunk_images, min(MAX_CHUNK, -(-images // MANY_PARTS)))
+
+
 def _check_outcome(dataset: Dataset, parts: Sequence[Part], refused: Sequence[Refused], out: Storage) -> None:
     if not parts:
         examples = "; ".join(f"{each.image_id}: {each.reason}: {each.message}" for each in refused[:3])
@@ -138,7 +157,8 @@ def _check_outcome(dataset: Dataset, parts: Sequence[Part], refused: Sequence[Re
             if refused
             else f"there are no photos in {dataset.name}: searched {dataset.root}"
         )
-    lost = [part.name for part in parts if not out.exists(part.name)]
+    present = set(out.names())  # one listing: on an object store each question is a request
+    lost = [part.name for part in parts if part.name not in present]
     if lost:
         raise StorageError(f"{lost[0]} was written by another machine and is not in {out}: use a shared --root")
 
@@ -246,23 +266,33 @@ def write_quarantine(refused: Iterable[Refused], out: Storage) -> None:
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
-# What a worker returns of a chunk, as JSON in one column: its part, its refused photos, and why it could not write.
+# What a worker returns of a chunk, as JSON in one column: its parts, its refused photos, and why it could not write.
 # Errors travel as values, because Ray Data wraps exceptions in its own.
 
 
 def finish_chunk(results: Iterable[Row | Refused], out: Storage, product: Product) -> pa.Table:
-    """Write the part of a chunk; the record that tells the driver."""
+    """Write the parts of a chunk, one unless its rows are large; the record that tells the driver."""
+    record: Row = {"parts": [], "image_ids": [], "refused": [], "storage_error": None}
     rows: list[Row] = []
-    record: Row = {"part": None, "image_ids": [], "refused": [], "storage_error": None}
-    for result in results:
-        if isinstance(result, Refused):
-            record["refused"].append(result)
-        else:
-            rows.append(result)
+    held = 0
+
+    def write() -> None:
+        record["parts"].append(vars(write_part(rows, out, product)))
+        record["image_ids"] += [row["image_id"] for row in rows]
+        rows.clear()
+
     try:
+        for result in results:
+            if isinstance(result, Refused):
+                record["refused"].append(result)
+                continue
+            rows.append(result)
+            held += product.table([result]).nbytes
+            if held >= PART_BYTES:
+                write()
+                held = 0
         if rows:
-            record["part"] = vars(write_part(rows, out, product))
-            record["image_ids"] = [row["image_id"] for row in rows]
+            write()
     except StorageError as error:
         record["storage_error"] = str(error)
     return pa.table({"record": [json.dumps(record)]})
@@ -275,7 +305,7 @@ class Tally:
         self.progress = progress
         self.parts: list[Part] = []
         self.refused: list[Refused] = []
-        self.image_ids: set[str] = set()  # of parts and of refused photos
+        self.image_ids: set[str] = set()  # of parts and of refused photos, of this wave
         self.barren: list[Refused] = []  # photos that failed since the last part
 
     def add(self, record: Row) -> None:
@@ -283,14 +313,15 @@ class Tally:
         if record["storage_error"] is not None:
             raise StorageError(record["storage_error"])
         new = [Refused(*each) for each in record["refused"]]
-        if record["part"] is not None:
-            self.parts.append(Part(**record["part"]))
+        if record["parts"]:
+            self.parts += [Part(**part) for part in record["parts"]]
             self.barren = []
         self.refused += new
         self.barren += new
         self.image_ids.update(record["image_ids"], (each.image_id for each in new))
         check_cause(new, self.barren)
-        self.progress.update(self.progress.start + len(self.image_ids), f"{len(self.refused)} quarantined")
+        done = self.progress.done + len(record["image_ids"]) + len(new)
+        self.progress.update(done, f"{len(self.refused)} quarantined")
 
 
 def check_cause(new: Sequence[Refused], barren: Sequence[Refused]) -> None:
@@ -315,7 +346,7 @@ def check_cause(new: Sequence[Refused], barren: Sequence[Refused]) -> None:
 
 
 def compute_all(
-    photos: Sequence[Photo],
+    photos: Iterable[Photo],
     features: FeaturesConfig,
     data: DataConfig,
     resources: Resources,
@@ -328,20 +359,50 @@ def compute_all(
     Photos of chunks whose workers died are tried again, one by one, so that a photo that ends every process which
     touches it takes no other with it.
     """
-    tally = Tally(progress)
-    lost = list(photos)
-    try:
-        for chunk_images in (resources.chunk_images, 1):
-            chunked = resources.model_copy(update={"chunk_images": chunk_images})
-            for record in compute(lost, features, data, chunked, out, product) if lost else ():
-                tally.add(record)
-            lost = [photo for photo in lost if photo[0] not in tally.image_ids]
+    tally, waiting = Tally(progress), iter(photos)
+    wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * _workers(resources, _gpus(resources)))
+    died = "its worker process failed or died whenever it came to this photo"
+
+    def try_all(left: list[Photo], chunk_images: int) -> list[Photo]:
+        """Those that are still missing."""
+        chunked = resources.model_copy(update={"chunk_images": chunk_images})
+        while left:
+            is_through = add_up(compute(left, features, data, chunked, out, product), tally)
+            still = [photo for photo in left if photo[0] not in tally.image_ids]
             gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
+            is_stuck = len(still) == len(left) <= LOST_CHUNKS * resources.chunk_images  # more may wait for nodes
+            left = still
+            if is_through or (is_stuck and chunk_images > 1):
+                break
+            if is_stuck:
+                raise RuntimeError(
+                    f"workers hang, or the cluster has no room for one: none of {len(left)} photos, of which "
+                    f"{printable(os.fsdecode(left[0][1]))} is the first, was finished in {STALL_SECONDS:.0f} s"
+                )
+        return left
+
+    try:
+        while wave := list(islice(waiting, wave_images)):
+            tally.image_ids.clear()
+            lost = try_all(try_all(wave, resources.chunk_images), 1)
+            tally.refused += [Refused(k, printable(os.fsdecode(path)), "worker", INTERNAL, died) for k, path in lost]
     finally:
         progress.close()
-    died = "its worker process failed or died whenever it came to this photo"
-    refused = [Refused(name, printable(os.fsdecode(path)), "worker", INTERNAL, died) for name, path in lost]
-    return tally.parts, tally.refused + refused
+    return tally.parts, tally.refused
+
+
+def add_up(records: Iterable[Row], tally: Tally) -> bool:
+    """Whether that went to the end.
+
+    If not, the chunks of some workers are stuck: they hang, or wait for ever because their node is gone and no other
+    has room for them.
+    """
+    try:
+        for record in records:
+            tally.add(record)
+    except ExecutionTimeoutError:
+        return False
+    return True
 
 
 def compute(
@@ -358,20 +419,33 @@ def compute(
     """
     cluster.quiet_data()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
-    gpus = cluster.gpus() if resources.use_gpu is not False else 0
-    if resources.use_gpu and not gpus:
-        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
+    gpus = _gpus(resources)
     chunks = chunk_dataset(photos, resources.chunk_images)
     chunks.context.max_errored_blocks = LOST_CHUNKS
-    actors = resources.extractors or gpus or cluster.cpus()
+    chunks.context.execution_no_progress_timeout_s = STALL_SECONDS
+    workers = _workers(resources, gpus)
     # A chunk that waits at a worker is lost with it. Single photos are handed out one at a time for that reason.
-    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1)
+    pool = ray.data.ActorPoolStrategy(
+        size=workers, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1
+    )
     if gpus:
-        share = min(1.0, gpus / actors)
+        share = min(1.0, gpus / workers)
         records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", share, product)
     else:
         records = in_whole_chunks(chunks, features, data, out, pool, product)
     yield from read_records(records)
+
+
+def _gpus(resources: Resources) -> int:
+    gpus = cluster.gpus() if resources.use_gpu is not False else 0
+    if resources.use_gpu and not gpus:
+        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
+    return gpus
+
+
+def _workers(resources: Resources, gpus: int) -> int:
+    """Processes that describe photos."""
+    return resources.extractors or gpus or cluster.cpus()
 
 
 def read_records(records: ray.data.Dataset) -> Iterator[Row]:
@@ -385,7 +459,7 @@ def chunk_dataset(photos: Sequence[Photo], chunk_images: int) -> ray.data.Datase
     for start in range(0, len(photos), chunk_images):
         image_ids, paths = zip(*photos[start : start + chunk_images])
         chunks.append({"image_ids": list(image_ids), "paths": list(paths)})
-    return ray.data.from_items(chunks, override_num_blocks=min(len(chunks), MAX_TASKS))
+    return ray.data.from_items(chunks, override_num_blocks=len(chunks))
 
 
 def photos_of(chunk: pa.Table) -> list[Photo]:
@@ -458,7 +532,7 @@ class ChunkWorker:
         return attempt(photo, self.product.step, make)
 
 
-# With GPUs a photo travels from task to actor to task: one row, its arrays as bytes.
+# With GPUs a photo travels from task to actor to task to task: one row, its arrays as bytes.
 TRAVELLING = pa.schema(
     {
         "image_id": pa.string(),
@@ -466,7 +540,8 @@ TRAVELLING = pa.schema(
         "height": pa.int32(),  # pixels
         "width": pa.int32(),
         "shape": pa.list_(pa.int32()),
-        "values": pa.large_binary(),  # uint8 pixels [H, W, 3], then float32 features [gh, gw, C]
+        # uint8 pixels [H, W, 3], then float32 features [gh, gw, C], then what was made of them: an Arrow stream
+        "values": pa.large_binary(),
         "refused": pa.list_(pa.string()),  # the fields of a Refused, else null
     }
 )
@@ -483,12 +558,15 @@ def in_steps(
     num_gpus: float | None,
     product: Product = TREES_PRODUCT,
 ) -> ray.data.Dataset:
-    """Tasks decode, actors that keep the network on their GPU describe, tasks merge and write."""
+    """Tasks decode, actors that keep the network on their GPU describe, tasks merge, tasks write."""
     decode_task = functools.partial(decode_chunk, data=data)
-    merge_task = functools.partial(merge_chunk, data=data, out=out, product=product)
+    merge_task = functools.partial(merge_photo, data=data, product=product)
+    write_task = functools.partial(write_chunk, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus)
-    return described.map_batches(merge_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=1)
+    merged = described.map_batches(merge_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    # Half a CPU, so that Ray does not fuse it with merging: such a task would be given the features of a whole chunk.
+    return merged.map_batches(write_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=0.5)
 
 
 def decode_chunk(chunk: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
@@ -511,22 +589,35 @@ class FeatureWorker:
         return pack(photo, size, attempt(photo, "features", lambda: describe(pixels, self.extractor)))
 
 
-def merge_chunk(travelling: pa.Table, data: DataConfig, out: Storage, product: Product) -> pa.Table:
-    """A task that merges and writes. Pixels are decoded again where a product needs them: they are what is large."""
+def merge_photo(travelling: pa.Table, data: DataConfig, product: Product) -> pa.Table:
+    """Pixels are decoded again where a product needs them: they are what is large."""
     _warm_up(product)
+    photo, size, features = unpack(travelling.to_pylist()[0], np.float32)
+    if isinstance(features, Refused):
+        return travelling
 
-    def make(photo: Photo, size: tuple[int, int], features: np.ndarray) -> Row:
+    def make() -> Row:
         return product.make(photo[0], size, features, decode(photo, data) if product.needs_pixels else None)
 
+    made = attempt(photo, product.step, make)
+    return pack(photo, size, made if isinstance(made, Refused) else to_stream(product.table([made])))
+
+
+def write_chunk(travelling: pa.Table, out: Storage, product: Product) -> pa.Table:
     def results() -> Iterator[Row | Refused]:
-        for row in travelling.to_pylist():
-            photo, size, features = unpack(row, np.float32)
-            if isinstance(features, Refused):
-                yield features
-            else:
-                yield attempt(photo, product.step, functools.partial(make, photo, size, features))
+        for k in range(len(travelling)):
+            _, _, made = unpack(travelling.slice(k, 1).to_pylist()[0], np.uint8)
+            yield made if isinstance(made, Refused) else pa.ipc.open_stream(made).read_all().to_pylist()[0]
 
     return finish_chunk(results(), out, product)
+
+
+def to_stream(table: pa.Table) -> np.ndarray:
+    """uint8 [bytes]."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return np.frombuffer(sink.getvalue(), np.uint8)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Scoring on a cluster: the rows of one process, however many workers, and again after a kill."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -332,6 +333,34 @@ def test_a_worker_that_dies_is_replaced(
     found = stage._score(job, 8, Resources(eval_workers=1), 0, out)
     assert job.scar.exists()
     assert [each.image_ids for each in found] == [benchmark.image_ids[:8], benchmark.image_ids[8:]]
+    assert sum(each.part.rows for each in found) == IMAGES - 1
+
+
+@dataclass(frozen=True)
+class Hanging(stage.Overlapping):
+    """The worker of the first chunk stops for ever, and says which process it is."""
+
+    scar: Path
+
+    def score(self, image_ids: Sequence[str], tell: stage.Tell) -> stage.Scored:
+        if self.dataset.image_ids[0] in image_ids and not self.scar.exists():
+            self.scar.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().score(image_ids, tell)
+
+
+@pytest.mark.ray
+def test_the_chunk_of_a_worker_that_hangs_is_taken_over(
+    benchmark: Dataset, trees: Storage, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "SILENT_SECONDS", 1.0)
+    job = Hanging(benchmark, trees, True, tmp_path / "scar")
+    try:
+        found = stage._score(job, 5, Resources(eval_workers=2), 0, Storage(str(tmp_path / "out")))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.scar.read_text()), signal.SIGKILL)
+    assert [each.image_ids for each in found] == [benchmark.image_ids[:5], benchmark.image_ids[5:]]
     assert sum(each.part.rows for each in found) == IMAGES - 1
 
 

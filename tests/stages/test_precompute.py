@@ -4,10 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,13 +15,14 @@ import pytest
 import ray.data
 import torch
 from PIL import Image
+from precompute_material import FEATURES, expected_rows, files_of, quarantine_in, row_of, rows_in, run, write_photos
 
 from mis_platform.artifacts import Output, Part, Stage, combine_digests, ensure, read_manifest
 from mis_platform.config import DataConfig, FeaturesConfig, Resources, SourcesConfig
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.images import read_image
 from mis_platform.data.schemas import QUARANTINE, TREES
-from mis_platform.data.trees import TreeReader, tree_row, verify_trees
+from mis_platform.data.trees import TreeReader, verify_trees
 from mis_platform.errors import DataError
 from mis_platform.model.features import build_extractor
 from mis_platform.progress import Progress
@@ -34,67 +31,16 @@ from mis_platform.stages import precompute
 from mis_platform.stages.products import TREES_PRODUCT, SourceProposals
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
-FEATURES = FeaturesConfig(extractor="color_texture")
-
-
-def write_photos(folder: Path, count: int, scale: int = 1) -> Dataset:
-    """Photos of blurred noise, sides of 30 to 70 times `scale` pixels; a few share a size, one has an EXIF rotation."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    for k in range(count):
-        height, width = (40 * scale, 56 * scale) if k % 3 == 0 else rng.integers(30, 70, 2) * scale
-        blobs = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        image = Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC)
-        exif = Image.Exif()
-        exif[0x0112] = 6 if k == 1 else 1
-        image.save(folder / f"photo_{k:03d}.jpg", quality=95, exif=exif)
-    return open_dataset(f"folder:{folder}")
-
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_photos(tmp_path_factory.mktemp("photos"), 24)
 
 
-def run(dataset: Dataset, out: Path | Storage, **resources: Any) -> Output:
-    storage = out if isinstance(out, Storage) else Storage(str(out))
-    return precompute.precompute(dataset, FEATURES, DataConfig(), Resources(**resources), storage)
-
-
-def row_of(dataset: Dataset, image_id: str) -> dict[str, Any]:
-    """The row computed here and now, step by step, with the public functions."""
-    image = read_image(dataset.image_path(image_id))
-    extractor = build_extractor(FEATURES)
-    features = extractor(extractor.prepare(image)[None])[0]
-    return tree_row(image_id, image.shape[:2], merge(features, extractor.grid(*image.shape[:2])))
-
-
-def expected_rows(dataset: Dataset) -> list[dict[str, Any]]:
-    return [row_of(dataset, image_id) for image_id in dataset.image_ids]
-
-
 def write_all_parts(dataset: Dataset, out: Path, size: int) -> None:
     rows = sorted(expected_rows(dataset), key=lambda row: row["image_id"])
     for start in range(0, len(rows), size):
         precompute.write_part(rows[start : start + size], Storage(str(out)))
-
-
-def rows_in(out: Path) -> dict[str, dict[str, Any]]:
-    """image id -> row, as any Parquet reader sees them."""
-    rows = [row for path in sorted(out.glob("trees-*.parquet")) for row in pq.read_table(path).to_pylist()]
-    assert len({row["image_id"] for row in rows}) == len(rows), "an image is there twice"
-    return {row["image_id"]: row for row in rows}
-
-
-def quarantine_in(out: Path) -> dict[str, tuple[str, str]]:
-    """image id -> (stage, reason)."""
-    rows = pq.read_table(out / "quarantine.parquet").to_pylist()
-    return {row["image_id"]: (row["stage"], row["reason"]) for row in rows}
-
-
-def files_of(out: Path) -> dict[str, tuple[int, int]]:
-    """name -> (inode, time of the last change) of each part: a part that is written again gets another inode."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("trees-*.parquet")}
 
 
 # -- parts, without Ray ----------------------------------------------------------------------------------------------
@@ -214,9 +160,9 @@ def tally_of(chunks: Iterable[list[precompute.Refused | None]]) -> precompute.Ta
     for k, chunk in enumerate(chunks):
         ids = [f"{k}/{place}" for place in range(len(chunk))]
         good = [image_id for image_id, each in zip(ids, chunk) if each is None]
-        part = vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0")) if good else None
+        parts = [vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0"))] if good else []
         bad = [each._replace(image_id=image_id) for image_id, each in zip(ids, chunk) if each is not None]
-        record = {"part": part, "image_ids": good, "refused": bad, "storage_error": None}
+        record = {"parts": parts, "image_ids": good, "refused": bad, "storage_error": None}
         tally.add(json.loads(json.dumps(record)))
     return tally
 
@@ -405,7 +351,7 @@ def test_a_photo_that_kills_its_worker_is_set_aside(
     class Crashing(precompute.ChunkWorker):
         def row(self, photo: precompute.Photo) -> Any:
             if photo[0] == "photo_007":
-                os._exit(1)
+                os.kill(os.getpid(), signal.SIGKILL)  # as a decoder's segmentation fault does
             return super().row(photo)
 
     monkeypatch.setattr(precompute, "ChunkWorker", Crashing)
@@ -481,139 +427,6 @@ def test_a_network_goes_the_same_way(ray_cluster: None, tmp_path: Path) -> None:
         image = read_image(dataset.image_path(image_id))
         tree = merge(extractor(extractor.prepare(image)[None])[0], extractor.grid(*image.shape[:2]))
         assert row["children"] == tree.children.ravel().tolist()
-
-
-# -- interrupted processes -------------------------------------------------------------------------------------------
-
-CHILD = """
-    import sys
-    from mis_platform.config import DataConfig, FeaturesConfig, Resources
-    from mis_platform.data.benchmarks import open_dataset
-    from mis_platform.stages.precompute import precompute
-    from mis_platform.storage import Storage
-
-    if __name__ == "__main__":
-        out = Storage(sys.argv[2])
-        with out.lock():
-            precompute(
-                open_dataset("folder:" + sys.argv[1]),
-                FeaturesConfig(extractor="color_texture"),
-                DataConfig(),
-                Resources(chunk_images=1),
-                out,
-            )
-    """
-
-
-def start_child(folder: Path, out: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(folder), str(out)]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
-
-
-def running() -> dict[int, tuple[int, str]]:
-    """Process id -> its parent and its start time, of all processes that have not ended."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            found[int(entry.name)] = (int(fields[1]), fields[19])
-    return found
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Process id -> start time of the children of a process, and of theirs."""
-    family, processes = {pid: ""}, running()
-    while more := {k: start for k, (parent, start) in processes.items() if parent in family and k not in family}:
-        family |= more
-    del family[pid]
-    return family
-
-
-def wait_until_gone(family: dict[int, str], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while left := {pid for pid, (_, start) in running().items() if family.get(pid) == start}:
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.1)
-
-
-def wait_for_parts(out: Path, count: int, child: subprocess.Popen[str], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while len(list(out.glob("trees-*.parquet"))) < count:
-        assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < deadline, "no parts in time"
-        time.sleep(0.01)
-
-
-def interrupt(folder: Path, out: Path, parts: int, delay: float, sent: signal.Signals) -> float:
-    """Start a run, signal its process group when it has written `parts` parts and `delay` seconds passed.
-
-    Returns the seconds until it was gone.
-    """
-    with start_child(folder, out) as child:
-        wait_for_parts(out, len(files_of(out)) + parts, child)
-        time.sleep(delay)
-        family = descendants(child.pid)
-        began = time.monotonic()
-        os.killpg(child.pid, sent)
-        child.communicate(timeout=60)
-        seconds = time.monotonic() - began
-    wait_until_gone(family, 10)
-    return seconds
-
-
-def resume_after(dataset: Dataset, out: Path, stops: list[tuple[signal.Signals, int, float]]) -> None:
-    for sent, parts, delay in stops:
-        assert interrupt(dataset.root, out, parts, delay, sent) < 15
-        finished = {each.part.name for each in precompute.finished_parts(Storage(str(out)), dataset.image_ids)}
-        assert finished == set(files_of(out)), "a part was torn"
-    kept = files_of(out)
-    assert 0 < len(kept) < len(dataset)
-    output = run(dataset, out, chunk_images=16)
-    assert kept.items() <= files_of(out).items(), "a whole part was written again"
-    assert sorted(rows_in(out)) == sorted(dataset.image_ids)
-    expected = combine_digests([TREES_PRODUCT.digest(row) for row in expected_rows(dataset)])
-    assert output.digest == expected
-    assert not [name for name in os.listdir(out) if name.startswith(TEMPORARY)]
-
-
-@pytest.mark.ray
-def test_killed_stopped_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
-    dataset = write_photos(tmp_path / "photos", 60, scale=8)
-    stops = [(signal.SIGKILL, 3, 0.05), (signal.SIGINT, 4, 0.1), (signal.SIGKILL, 5, 0.2)]
-    resume_after(dataset, tmp_path / "out", stops)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_killed_many_times_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
-    """Twenty kills: a third of them while Python and Ray start."""
-    dataset = write_photos(tmp_path / "photos", 400, scale=8)
-    rng = random.Random(0)
-    stops = [(signal.SIGKILL, k % 3, rng.uniform(0, 0.2 if k % 3 else 6)) for k in range(20)]
-    resume_after(dataset, tmp_path / "out", stops)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_killed_workers_are_replaced(tmp_path: Path) -> None:
-    """A worker dies after every fifteen photos, six times."""
-    dataset, out = write_photos(tmp_path / "photos", 200, scale=8), tmp_path / "out"
-    with start_child(dataset.root, out) as child:
-        for k in range(6):
-            wait_for_parts(out, 15 * (k + 1), child)
-            names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in descendants(child.pid)}
-            workers = [pid for pid, name in names.items() if "MapWorker" in name]
-            os.kill(workers[k % len(workers)], signal.SIGKILL)
-        log, _ = child.communicate(timeout=200)
-    assert child.returncode == 0, log
-    assert sorted(rows_in(out)) == sorted(dataset.image_ids)
-    assert quarantine_in(out) == {}
 
 
 @pytest.mark.ray
