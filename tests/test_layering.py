@@ -41,11 +41,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "model",
             "progress",
             "simulation",
+            "stopping",
             "storage",
         },
     ),
     "config.py": ({"pydantic"}, set()),
     "errors.py": (set(), set()),
+    "stopping.py": (set(), {"errors"}),
     "experiment.py": (set(), {"config"}),
     "comparison.py": ({"numpy"}, {"artifacts", "config", "evaluation", "experiment", "report"}),
     "progress.py": (set(), set()),
@@ -62,7 +64,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
         | {"pipeline", "report", "stages", "storage", "tracking", "trial"},
     ),
-    "trial.py": ({"ray"}, {"artifacts", "config", "data", "experiment", "pipeline", "progress", "storage"}),
+    "trial.py": (
+        {"ray"},
+        {"artifacts", "config", "data", "errors", "experiment", "pipeline", "progress", "stopping", "storage"},
+    ),
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},
