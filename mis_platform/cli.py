@@ -1,14 +1,16 @@
 """The `mis` command: parse, resolve, hand over. The only file that knows typer and exit codes.
 
 Exit codes: 0 done; 2 usage or settings; 3 data invalid or missing; 4 finished with failures; 5 fingerprint mismatch;
-6 storage or cluster lost; 130 stopped by Ctrl-C, run me again.
+6 storage or cluster lost; 75 preempted (SIGTERM), run me again; 130 stopped by Ctrl-C, run me again.
 
 Everything heavy is imported inside the commands, after the settings are read: `mis --help` and a typo answer at once.
 """
 
 import enum
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from mis_platform.storage import Storage
     from mis_platform.sweep import Sweep
 
-USAGE, DATA, FAILURES, MISMATCH, LOST, INTERRUPTED = 2, 3, 4, 5, 6, 130
+USAGE, DATA, FAILURES, MISMATCH, LOST, PREEMPTED, INTERRUPTED = 2, 3, 4, 5, 6, 75, 130
 
 
 class Split(enum.StrEnum):
@@ -479,14 +481,64 @@ def _spell(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+class _Signals:
+    """A context in which signals stop the work instead of the process: after SIGTERM and Ctrl-C it can be resumed.
+
+    SIGTERM raises Preempted, once: whoever sends it may send it again and again. A second Ctrl-C leaves at once, also
+    from a stop that takes long; the Ray processes that we started end with us.
+    """
+
+    is_stopping = is_preempted = False
+
+    def __enter__(self) -> "_Signals":
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ((signal.SIGTERM, self._preempt), (signal.SIGINT, self._interrupt)):
+                self._before[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _preempt(self, *_: object) -> None:
+        from mis_platform.errors import Preempted
+
+        signal.signal(signal.SIGINT, self._leave)
+        if not self.is_stopping:
+            self.is_stopping = self.is_preempted = True
+            raise Preempted
+
+    def _interrupt(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._leave)
+        self.is_stopping = True
+        raise KeyboardInterrupt
+
+    def _leave(self, *_: object) -> None:
+        os._exit(INTERRUPTED)
+
+
 def main() -> None:
-    """Run the command line; the one place where errors become exit codes."""
+    """Run the command line; the one place where signals and errors become exit codes."""
+    with _Signals() as signals:
+        try:
+            _main()
+        except BaseException as error:
+            stop = error.code if isinstance(error, SystemExit) else None
+            # While Ray starts, the handler of SIGTERM is its own and exits with the signal's number. When a whole group
+            # of processes is told to end, Ray may be gone before we are: then an error is only what follows from that.
+            if signals.is_preempted or stop == signal.SIGTERM:
+                print("\npreempted; run the same command again to go on from here", file=sys.stderr)
+                sys.exit(PREEMPTED)
+            if stop == INTERRUPTED or isinstance(error, KeyboardInterrupt):
+                print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+                sys.exit(INTERRUPTED)
+            raise
+
+
+def _main() -> None:
     try:
         app()
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            print("\nstopped; run the same command again to go on from here", file=sys.stderr)
-        raise
     except Exception as error:
         code = _exit_code(error)
         if code is None:  # our fault: show everything

@@ -301,6 +301,7 @@ class Resources(Settings):
     checkpoint_every: int = Field(200, ge=1)  # steps
     log_every: int = Field(10, ge=1)  # steps
     max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
+    worker_silence: float = Field(100.0, gt=0)  # seconds without a sign of life: a training worker that hangs
     trials: int | None = Field(None, ge=1)  # rows of a sweep at once; None: as many as the GPUs allow, one without
     trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step or a click: a row that hangs
 

@@ -6,7 +6,11 @@ class DataError(ValueError):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss or its gradient is NaN or infinite; the message names step and images."""
+
+
+class Preempted(BaseException):
+    """The machine is about to be taken away (SIGTERM). Like KeyboardInterrupt no Exception: nobody handles it early."""
 
 
 class FingerprintMismatch(ValueError):

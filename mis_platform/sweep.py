@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables do not respect verbose=0
 
+import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
@@ -38,7 +40,7 @@ from mis_platform.experiment import Experiment, Row, load_experiment
 from mis_platform.stages import cluster, train
 from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
-from mis_platform.trial import Task, run_trial
+from mis_platform.trial import Bell, Task, run_trial
 
 SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # settings that leave a profile what it is
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
@@ -273,10 +275,11 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
     names = ", ".join(group[0].name for group in groups)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the reasons of failed trials are told in one line each
     print(f"sweep: {len(groups)} training(s) to do, {trials} at a time: {names}", file=sys.stderr, flush=True)
+    bell = cluster.beside(Bell)
     with _recorder(sweep, groups) as recorder, cluster.scratch("mis-ray-tune-") as storage_path:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(run_trial, groups=groups, root=sweep.root, resources=resources),
+                tune.with_parameters(run_trial, groups=groups, root=sweep.root, resources=resources, bell=bell),
                 {"CPU": DRIVER_CPU},
             ),
             param_space={"group": tune.grid_search(list(range(len(groups))))},
@@ -289,13 +292,28 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
                 verbose=0,
             ),
         )
-        results = cluster.in_background(tuner.fit).result()
+        try:
+            results = cluster.in_background(tuner.fit).result()
+        except BaseException as cause:  # Ctrl-C or SIGTERM: the trainings write a last checkpoint
+            recorder.close()
+            _stop_trials(bell, train.seconds_to_stop(cause))
+            raise
     failures: dict[str, str] = {}
     for result in results:
         if result.error is not None:
             reason = reason_of(result.error)
             failures |= {_key(task): reason for task in groups[result.config["group"]]}
     return failures
+
+
+def _stop_trials(bell: Any, seconds: float) -> None:
+    """Let the running trials come to a stop, for `seconds` at most."""
+    print("sweep: stopping; the same command goes on from here", file=sys.stderr, flush=True)
+    until = time.monotonic() + seconds
+    bell.ring.remote()
+    with contextlib.suppress(ray.exceptions.RayError):
+        while time.monotonic() < until and not ray.get(bell.is_quiet.remote(), timeout=seconds):
+            time.sleep(0.2)
 
 
 def reason_of(error: BaseException) -> str:
@@ -323,14 +341,18 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
         self._trackers: dict[int, tracking.Tracker] = {}
         self._printed = 0.0
         self._finished = 0
+        self._is_closed = False
+        self._guard = threading.Lock()  # between Tune's thread and the one that people can interrupt
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "step" not in result:
             return
-        group = int(trial.config["group"])
-        tracker = self._trackers.get(group) or self._trackers.setdefault(group, self._open(group))
-        step = int(result["step"])
-        tracker.log_metrics({f"train/{name}": result[name] for name in CURVES if name in result}, step)
+        group, step = int(trial.config["group"]), int(result["step"])
+        with self._guard:
+            if self._is_closed:
+                return
+            tracker = self._trackers.get(group) or self._trackers.setdefault(group, self._open(group))
+            tracker.log_metrics({f"train/{name}": result[name] for name in CURVES if name in result}, step)
         if time.monotonic() - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             name = self._groups[group][0].name
@@ -339,15 +361,20 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._finished += 1
-        self._close(int(trial.config["group"]), "FINISHED")
+        with self._guard:
+            self._close(int(trial.config["group"]), "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._finished += 1
-        self._close(int(trial.config["group"]), "FAILED")
+        with self._guard:
+            self._close(int(trial.config["group"]), "FAILED")
 
     def close(self) -> None:
-        for group in list(self._trackers):
-            self._close(group, "KILLED")
+        """No run is left open, and none is opened any more."""
+        with self._guard:
+            self._is_closed = True
+            for group in list(self._trackers):
+                self._close(group, "KILLED")
 
     def _open(self, group: int) -> tracking.Tracker:
         return _child(self._sweep, self._groups[group][0])

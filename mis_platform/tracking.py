@@ -325,7 +325,7 @@ class Tracker:
             self.close()
             return
         self.set_tags({ERROR: f"{type(error).__name__}: {_first_line(error)}"[:500]})
-        self.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        self.close("FAILED" if isinstance(error, Exception) else "KILLED")
 
     def __reduce__(self) -> Any:
         raise TypeError("a Tracker stays in the driver process: let the workers report their numbers instead")

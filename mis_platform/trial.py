@@ -5,19 +5,24 @@ That process imports this module, and so neither MLflow nor matplotlib: starting
 
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
 
-from mis_platform import pipeline
+from mis_platform import pipeline, stopping
 from mis_platform.artifacts import Stage, ensure
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, override, plain
 from mis_platform.data.benchmarks import Dataset
+from mis_platform.errors import Preempted
 from mis_platform.experiment import Row
 from mis_platform.progress import heard_by
 from mis_platform.storage import Storage
+
+SECONDS_BETWEEN_LOOKS = 1.0  # at the bell
 
 
 @dataclass(frozen=True)
@@ -89,48 +94,98 @@ def seeded(run: Run, seed: int) -> Run:
     return changed
 
 
-def run_trial(config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources) -> None:
-    """Train once and score every row of the group.
+class Bell:
+    """An actor beside the driver of a sweep: by it the driver tells the trials to stop, and they say when they have."""
 
-    The work is done in a thread, so that a trial without a sign of life for resources.trial_silence seconds ends as a
-    failed row instead of holding the sweep up for ever. Signs are training steps and clicks.
+    def __init__(self) -> None:
+        self._is_rung = False
+        self._working: set[int] = set()
+
+    def ring(self) -> None:
+        self._is_rung = True
+
+    def is_rung(self) -> bool:
+        return self._is_rung
+
+    def enter(self, group: int) -> bool:
+        """A trial begins, unless the bell has been rung; whether it may."""
+        if not self._is_rung:
+            self._working.add(group)
+        return not self._is_rung
+
+    def leave(self, group: int) -> None:
+        self._working.discard(group)
+
+    def is_quiet(self) -> bool:
+        """Whether no trial is at work."""
+        return not self._working
+
+
+def run_trial(
+    config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources, bell: Any
+) -> None:
+    """Train once and score every row of the group; stop, with a checkpoint, when the Bell (its handle) is rung."""
+    group = config["group"]
+    if ray.get(bell.enter.remote(group)):
+        try:
+            _run_group(groups[group], root, resources, bell)
+        finally:
+            ray.get(bell.leave.remote(group))
+
+
+def _run_group(tasks: Sequence[Task], root: Storage, resources: Resources, bell: Any) -> None:
+    """The work is done in a thread, so that a trial without a sign of life for resources.trial_silence seconds ends as
+    a failed row instead of holding the sweep up for ever. Signs are training steps and clicks.
     """
-    tasks = groups[config["group"]]
     signs: queue.Queue[tuple[str, Any]] = queue.Queue()
-    threading.Thread(target=_work, args=(tasks, root, resources, signs), daemon=True).start()
-    doing = "training"
+    stop = threading.Event()
+    threading.Thread(target=_work, args=(tasks, root, resources, signs, stop), daemon=True).start()
+    doing, heard = "training", time.monotonic()
     while True:
         try:
-            kind, value = signs.get(timeout=resources.trial_silence)
+            kind, value = signs.get(timeout=min(resources.trial_silence, SECONDS_BETWEEN_LOOKS))
+            heard = time.monotonic()
         except queue.Empty:
-            silence = f"{resources.trial_silence:g} seconds (resources.trial_silence)"
-            raise TimeoutError(f"the {doing} gave no sign of life for {silence}") from None
+            if time.monotonic() - heard >= resources.trial_silence:
+                silence = f"{resources.trial_silence:g} seconds (resources.trial_silence)"
+                raise TimeoutError(f"the {doing} gave no sign of life for {silence}") from None
+            kind, value = "alive", None
+        if ray.get(bell.is_rung.remote()):
+            stop.set()
         if kind == "metrics":
             tune.report(value)
         elif kind == "trained":
             doing = "evaluation"
         elif kind == "failed":
             raise value
-        elif kind == "done":
+        elif kind in ("done", "stopped"):
             return
 
 
 def _work(
-    tasks: Sequence[Task], root: Storage, resources: Resources, signs: "queue.Queue[tuple[str, Any]]"
-) -> None:  # fmt: skip
+    tasks: Sequence[Task],
+    root: Storage,
+    resources: Resources,
+    signs: "queue.Queue[tuple[str, Any]]",
+    stop: threading.Event,
+) -> None:
     def report_step(step: int, metrics: dict[str, float]) -> None:
         signs.put(("metrics", {"step": step, **metrics}))
 
     def give_sign() -> None:
+        stopping.check()
         signs.put(("alive", None))
 
     try:
-        ensure(tasks[0].training(resources, report_step), root)
-        signs.put(("trained", None))
-        for task in tasks:
-            for stage in task.clicks(root, resources):
-                with heard_by(give_sign):
-                    ensure(stage, root)
+        with stopping.stopped_by(stop.is_set):
+            ensure(tasks[0].training(resources, report_step), root)
+            signs.put(("trained", None))
+            for task in tasks:
+                for stage in task.clicks(root, resources):
+                    with heard_by(give_sign):
+                        ensure(stage, root)
         signs.put(("done", None))
+    except Preempted:
+        signs.put(("stopped", None))
     except BaseException as error:
         signs.put(("failed", error))

@@ -1,6 +1,8 @@
 """The command line: what a person types, the exit code, and the one line that says what to do."""
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +56,76 @@ def test_exit_code_and_one_line(arguments, code, expected, capsys, tmp_path, mon
     printed = capsys.readouterr()
     assert expected in printed.out + printed.err
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "expected"),
+    [
+        ([signal.SIGTERM], 75, "preempted; run the same command again"),
+        ([signal.SIGTERM, signal.SIGTERM], 75, "preempted; run the same command again"),
+        ([signal.SIGINT], 130, "stopped; run the same command again"),
+        ([signal.SIGINT, signal.SIGTERM], 130, "stopped; run the same command again"),
+    ],
+)
+@pytest.mark.parametrize("is_broken", [False, True], ids=["clean", "what is left of Ray fails"])
+def test_signals_stop_the_work_and_not_the_stopping(signals, code, expected, is_broken, capsys, monkeypatch):
+    """The first signal interrupts; the others come while the work is being stopped."""
+    finished = []
+
+    def show(*_: object) -> None:
+        try:
+            signal.raise_signal(signals[0])
+        finally:
+            for number in signals[1:]:
+                signal.raise_signal(number)
+            finished.append(True)
+            if is_broken and signals[0] == signal.SIGTERM:
+                raise RuntimeError("Ray is gone")
+
+    monkeypatch.setattr(cli, "_print_settings", show)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert mis("show") == code
+    assert finished
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert "Traceback" not in printed
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+STUBBORN = """
+import signal
+import sys
+import time
+from mis_platform import cli
+
+def show(*_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        print("stopping", flush=True)
+        time.sleep(60)
+
+cli._print_settings = show
+sys.argv = ["mis", "show"]
+cli.main()
+"""
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_training_that_diverges_is_a_failure():
+    from mis_platform.stages.training_loop import TrainingDiverged
+
+    assert cli._exit_code(TrainingDiverged("the loss is not finite at step 3")) == 4
 
 
 def test_missing_weights_name_the_way_out(photos, capsys, tmp_path):

@@ -41,12 +41,14 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "model",
             "progress",
             "simulation",
+            "stopping",
             "storage",
         },
     ),
     "cluster_files": ({"ray"}, {"errors"}),
     "config.py": ({"pydantic"}, set()),
     "errors.py": (set(), set()),
+    "stopping.py": (set(), {"errors"}),
     "experiment.py": (set(), {"config"}),
     "comparison.py": ({"numpy"}, {"artifacts", "config", "evaluation", "experiment", "report"}),
     "progress.py": (set(), set()),
@@ -63,7 +65,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
         | {"pipeline", "report", "stages", "storage", "tracking", "trial"},
     ),
-    "trial.py": ({"ray"}, {"artifacts", "config", "data", "experiment", "pipeline", "progress", "storage"}),
+    "trial.py": (
+        {"ray"},
+        {"artifacts", "config", "data", "errors", "experiment", "pipeline", "progress", "stopping", "storage"},
+    ),
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +26,27 @@ import ray.train.torch
 import torch
 from ray.data import ExecutionResources, TaskPoolStrategy
 from ray.data.block import BlockMetadata
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mis_platform import stopping
 from mis_platform.artifacts import Output, Part, sha256
 from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.examples import ExampleStream, open_stream
+from mis_platform.errors import Preempted, TrainingDiverged
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
+from mis_platform.stages.channel import (
+    COMPUTING,
+    LOADING,
+    SAVING,
+    Channel,
+    News,
+    Pulse,
+    Watch,
+    described,
+    end_process,
+)
 from mis_platform.stages.training_loop import (
     CHECKPOINTS,
     HISTORY_FILE,
@@ -42,7 +54,6 @@ from mis_platform.stages.training_loop import (
     History,
     Learner,
     Schedule,
-    TrainingDiverged,
     all_sum,
     collate,
     complete_steps,
@@ -63,7 +74,10 @@ PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which ma
 STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap
 MIN_WORKER_CPU = 0.1
 COLLECTIVE_TIMEOUT = 600  # seconds that workers wait for each other; a checkpoint on a slow store takes minutes
-STOP_SECONDS = 15.0  # that Ctrl-C leaves the workers for a last checkpoint
+STOP_SECONDS = 12.0  # that Ctrl-C leaves the workers for a last checkpoint
+PREEMPTED_SECONDS = 25.0  # that SIGTERM leaves them; 30 s after it the machine is gone
+SECONDS_BETWEEN_NOTICES = 5.0  # Ray Train itself looks that often whether a node is about to be taken away
+NOBODY_SECONDS = 60.0  # without a running worker before people are told
 POLL_SECONDS = 0.2
 
 
@@ -109,7 +123,8 @@ def train(
     Raises ValueError for settings that cannot work (batch and workers, a cluster that is too small, missing weights, a
     pretraining of another variant), DataError for missing or damaged masks,
     TrainingDiverged when the loss stops being finite; when workers fail more than resources.max_failures times,
-    StorageError if they could not write, else RuntimeError. Ctrl-C leaves a checkpoint and raises KeyboardInterrupt.
+    StorageError if they could not write, else RuntimeError. Ctrl-C and SIGTERM leave a checkpoint and raise
+    KeyboardInterrupt and Preempted.
     """
     share_of_batch(run.train.batch_size, resources.num_workers)
     dataset = dataclasses.replace(dataset, root=dataset.root.resolve())  # workers have their own working directories
@@ -189,8 +204,7 @@ def _train_on_cluster(
     cluster.quiet_data()
     scaling, loaders, threads = plan(resources)
     job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    channel = ray.remote(Channel).options(num_cpus=0, scheduling_strategy=here).remote()
+    channel = cluster.beside(Channel, resources.batch_per_device)
     with cluster.scratch("mis-ray-train-") as storage_path:
         trainer = ray.train.torch.TorchTrainer(
             lambda: _work(job, channel),
@@ -256,60 +270,26 @@ def trials_at_once(resources: Resources) -> int:
     return trials
 
 
-class Channel:
-    """An actor between the driver and worker 0: metrics one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
-        self._is_stopping = False
-        self._failure: Exception | None = None
-
-    def report(self, row: dict[str, float]) -> bool:
-        """Add the metrics of a step; whether the driver wants to stop."""
-        self._rows.append(row)
-        return self._is_stopping
-
-    def stop(self) -> None:
-        self._is_stopping = True
-
-    def fail(self, error: Exception) -> None:
-        """Keep an error that another attempt would only meet again."""
-        self._failure = self._failure or error
-
-    def failure(self) -> Exception | None:
-        return self._failure
-
-    def take(self) -> list[dict[str, float]]:
-        """The rows since the last call."""
-        rows, self._rows = self._rows, []
-        return rows
-
-
 def _follow(fit: "Future[Any]", channel: Any, job: Job, relay: Relay) -> None:
     """Pass metrics on and show progress until the training ends; raise what ended it early."""
-    print(f"train: starting {job.resources.num_workers} worker(s)", file=sys.stderr, flush=True)
-    progress: Progress | None = None
-    batch, total = job.run.train.batch_size, job.schedule.total_steps
+    _say(f"starting {job.resources.num_workers} worker(s)")
+    story = Story(job, channel, relay)
     try:
         while True:
             is_over = fit.done()
-            for row in ray.get(channel.take.remote()):
-                step = int(row["step"])
-                progress = progress or Progress("train", total * batch, "images", start=step * batch)
-                progress.update(step * batch, f"step {step}/{total}, loss {row['loss']:.4f}")
-                relay.add(row, _is_logged(job, step))
+            story.tell(ray.get(channel.take.remote()))
             if is_over:
                 break
+            stopping.check()
             time.sleep(POLL_SECONDS)
-    except BaseException:  # Ctrl-C, or on_metrics failed: the workers must not go on
-        print("train: stopping after this step; the same command resumes", file=sys.stderr, flush=True)
+    except BaseException as reason:  # Ctrl-C, SIGTERM, or on_metrics failed: the workers must not go on
+        _say("stopping after this step; the same command resumes")
         channel.stop.remote()
         with contextlib.suppress(Exception):
-            fit.result(timeout=STOP_SECONDS)
+            fit.result(timeout=seconds_to_stop(reason))
         raise
     finally:
-        if progress:
-            progress.close()
+        story.close()
     failure = ray.get(channel.failure.remote())
     if failure is not None:
         raise failure
@@ -317,6 +297,63 @@ def _follow(fit: "Future[Any]", channel: Any, job: Job, relay: Relay) -> None:
         fit.result()
     except ray.train.TrainingFailedError as error:
         raise _explained(error, job) from error
+
+
+def seconds_to_stop(reason: BaseException) -> float:
+    """How long to wait for a last checkpoint."""
+    return PREEMPTED_SECONDS if isinstance(reason, Preempted) else STOP_SECONDS
+
+
+class Story:
+    """What the driver does with the news of a training: tell people, pass metrics on, end workers that hang."""
+
+    def __init__(self, job: Job, channel: Any, relay: Relay) -> None:
+        self._job, self._channel, self._relay = job, channel, relay
+        self._watch = Watch(job.resources.worker_silence)
+        self._progress: Progress | None = None
+        self._newest = 0  # step
+        self._starts = 0
+        self._heard = time.monotonic()  # when a worker last gave a sign
+
+    def tell(self, news: News) -> None:
+        for note in news.notes:
+            _say(note)
+        for step in news.starts:
+            self._tell_start(step)
+        for row in news.rows:
+            self._tell_step(row)
+        if news.heard:
+            self._heard = time.monotonic()
+        elif time.monotonic() - self._heard > NOBODY_SECONDS:
+            self._heard = time.monotonic()
+            _say(f"waiting for room on the cluster for {self._job.resources.num_workers} worker(s)")
+        hung = self._watch.hung(news.heard)
+        if hung is not None:
+            if end_process(hung.sign):  # else it has ended by itself, and Ray Train knows
+                _say(f"{described(hung)}; it was killed, all workers start again from the last checkpoint")
+            self._channel.leave.remote(hung.sign.rank, hung.sign.pid)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.close()
+
+    def _tell_start(self, step: int) -> None:
+        self._starts += 1
+        if self._starts > 1:
+            again = max(0, self._newest - step)
+            _say(f"restart {self._starts - 1}: the workers go on from step {step}, {again} step(s) are done again")
+
+    def _tell_step(self, row: dict[str, float]) -> None:
+        step, batch, total = int(row["step"]), self._job.run.train.batch_size, self._job.schedule.total_steps
+        self._newest = max(self._newest, step)
+        self._watch.note(batch / row["images_per_second"])
+        self._progress = self._progress or Progress("train", total * batch, "images", start=step * batch)
+        self._progress.update(step * batch, f"step {step}/{total}, loss {row['loss']:.4f}")
+        self._relay.add(row, _is_logged(self._job, step))
+
+
+def _say(text: str) -> None:
+    print(f"train: {text}", file=sys.stderr, flush=True)
 
 
 def _explained(error: ray.train.TrainingFailedError, job: Job) -> Exception:
@@ -342,8 +379,14 @@ def _work(job: Job, channel: Any) -> None:
     """What each worker runs: resume, train, save."""
     if ray.get(channel.failure.remote()) is not None:  # another worker of an earlier attempt met it
         return
+    rank = ray.train.get_context().get_world_rank()
+    images_at_once = ray.get(channel.images_at_once.remote())
     try:
-        _train_steps(job, channel)
+        with Pulse(channel, rank) as pulse:
+            _train_steps(job, channel, pulse, images_at_once)
+    except torch.OutOfMemoryError:
+        ray.get(channel.out_of_memory.remote(images_at_once))
+        raise  # all workers start again: the others may be waiting for this one anywhere in the step
     except TrainingDiverged as error:  # on all workers alike
         ray.get(channel.fail.remote(error))
     except ValueError as error:
@@ -358,38 +401,89 @@ def _plain(error: ValueError) -> ValueError:
     return cause if isinstance(cause, ValueError) else ValueError(str(error))
 
 
-def _train_steps(job: Job, channel: Any) -> None:
+def _train_steps(job: Job, channel: Any, pulse: Pulse, images_at_once: int) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
     torch.backends.cudnn.benchmark = True  # all inputs have one size
     cluster.quiet_data()
-    learner, start, history = _resume(job)
-    total = job.schedule.total_steps
-    answer = None  # of the channel to the newest report
+    learner, start, history = _resume(job, images_at_once)
+    if rank == 0:
+        channel.begin.remote(start)
+    notices = Notices(pulse, learner.device)
+    reported = None
     began = 0.0
     with contextlib.closing(load(job, start, rank, workers)) as batches:
-        for step, batch in zip(range(start, total), batches, strict=True):
+        pulse.says(LOADING, start)
+        for done, batch in zip(range(start + 1, job.schedule.total_steps + 1), batches, strict=True):
             began = began or time.perf_counter()  # waiting for the first batch says nothing about the rest
-            metrics = learner.step(step, batch)
-            done = step + 1
-            is_stopping = _agree(answer is not None and _has_said_yes(answer), learner.device)
+            pulse.says(COMPUTING, done - 1)
+            metrics = learner.step(done - 1, batch)
+            notice = notices.agree()
             if rank == 0:
                 now = time.perf_counter()
                 row = {"step": done, **metrics, "images_per_second": job.run.train.batch_size / (now - began)}
                 began = now
                 if _is_logged(job, done):
                     history.append(row)
-                if done % job.resources.checkpoint_every == 0 or done == total or is_stopping:
+                if notice.is_saving or done % job.resources.checkpoint_every == 0 or done == job.schedule.total_steps:
+                    pulse.says(SAVING, done)
                     save_checkpoint(job.out, done, learner, history)
-                answer = channel.report.remote(row)
-            if is_stopping:
+                    notices.saved(time.perf_counter() - now)
+                reported = channel.report.remote(row)
+            if notice.is_stopping:
                 break
-    if answer is not None:
-        ray.get(answer)  # the last report has arrived before this worker ends
+            pulse.says(LOADING, done)
+    if reported is not None:
+        ray.get(reported)  # the last report has arrived before this worker ends
 
 
-def _resume(job: Job) -> tuple[Learner, int, History]:
+class Notice(NamedTuple):
+    """What all workers do after a step."""
+
+    is_stopping: bool
+    is_saving: bool
+
+
+class Notices:
+    """The wishes of the driver, and of machines that are about to be taken away, agreed on by all workers.
+
+    As long as such a notice stands, a checkpoint is written every few seconds and the training goes on: when the node
+    is gone, Ray Train starts the workers again wherever there is room.
+    """
+
+    def __init__(self, pulse: Pulse, device: torch.device) -> None:
+        self._pulse, self._device = pulse, device
+        self._asked = time.monotonic()
+        self._pause = SECONDS_BETWEEN_NOTICES
+        self._is_told = False
+
+    def agree(self) -> Notice:
+        """Called by all workers after each step. Asking Ray Train makes all wait for all: not at every step."""
+        is_due = self._pulse.rank == 0 and time.monotonic() - self._asked >= self._pause
+        votes = torch.tensor([float(self._pulse.is_stopping), float(is_due)], device=self._device)
+        is_stopping, asks = (all_sum(votes) > 0).tolist()
+        is_saving = is_stopping
+        if asks:
+            self._asked, self._pause = time.monotonic(), SECONDS_BETWEEN_NOTICES
+            notice = ray.train.get_preemption_info()
+            if notice is not None:
+                is_saving = True
+                self._tell(notice)
+        return Notice(is_stopping, is_saving)
+
+    def _tell(self, notice: ray.train.PreemptionInfo) -> None:
+        if self._pulse.rank == 0 and not self._is_told:
+            self._is_told = True
+            nodes = ", ".join(node[:8] for node in notice.preempted_node_ids)
+            self._pulse.note(f"node {nodes} will be taken away; a checkpoint is written every few seconds from now on")
+
+    def saved(self, seconds: float) -> None:
+        """Writing a checkpoint took so long: most of the time is for training."""
+        self._pause = max(SECONDS_BETWEEN_NOTICES, 3 * seconds)
+
+
+def _resume(job: Job, images_at_once: int) -> tuple[Learner, int, History]:
     """The learner, the step to go on with, and what was logged before it."""
     device = ray.train.torch.get_device()
     done = complete_steps(job.out)
@@ -400,20 +494,8 @@ def _resume(job: Job) -> tuple[Learner, int, History]:
     optimizer = optimizer_of(model, job.run.train)
     if done:
         load_optimizer(job.out, start, optimizer)
-    learner = Learner(
-        job.run, job.schedule, model, network, optimizer, device, images_at_once=job.resources.batch_per_device
-    )
+    learner = Learner(job.run, job.schedule, model, network, optimizer, device, images_at_once)
     return learner, start, load_history(job.out, start) if done else []
-
-
-def _has_said_yes(answer: Any) -> bool:
-    ready, _ = ray.wait([answer], timeout=0)
-    return bool(ready) and bool(ray.get(answer))
-
-
-def _agree(is_stopping: bool, device: torch.device) -> bool:
-    """Whether any worker says so."""
-    return bool(all_sum(torch.tensor(float(is_stopping), device=device)).item())
 
 
 # -- the data --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mis_platform.config import Run, TrainConfig, plain
 from mis_platform.data.examples import NETWORK, PASSES, generator
+from mis_platform.errors import TrainingDiverged
 from mis_platform.model.augmentation import augment_colors
 from mis_platform.model.interaction import append_iterative_clicks
 from mis_platform.model.losses import (
@@ -41,10 +42,6 @@ OPTIMIZER_FILE = "training.pt"
 COMPLETE_FILE = "complete.json"  # written last: a checkpoint without it does not exist
 
 MASK_LOSSES = {"bce": binary_cross_entropy_per_sample, "normalized_focal": normalized_focal_loss_per_sample}
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the message names step and images."""
 
 
 @dataclass(frozen=True)
