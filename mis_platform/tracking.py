@@ -628,21 +628,22 @@ class _Sender:
 
     def _log_metrics(self, run_id: str, points: Sequence[Sequence[Any]]) -> None:
         """Points [name, value, step, milliseconds]; each (name, step) once, also after a crash or a lost answer."""
-        fresh = []
+        for name in {point[0] for point in points} - self._known.keys():
+            history = [] if self._is_new else self._client.get_metric_history(run_id, name)
+            self._known[name] = {point.step for point in history}
+        fresh: dict[tuple[str, int], Metric] = {}
         for name, value, step, milliseconds in points:
-            if name not in self._known:
-                history = [] if self._is_new else self._client.get_metric_history(run_id, name)
-                self._known[name] = {point.step for point in history}
             if step not in self._known[name]:
-                self._known[name].add(step)
-                fresh.append(Metric(name, value, milliseconds, step))
+                fresh.setdefault((name, step), Metric(name, value, milliseconds, step))
         try:
-            for batch in _batches(fresh, METRICS_IN_BATCH):
+            for batch in _batches(list(fresh.values()), METRICS_IN_BATCH):
                 self._client.log_batch(run_id, metrics=batch)
         except BaseException:
             self._known.clear()  # it may have arrived nevertheless: ask again
             self._is_new = False
             raise
+        for name, step in fresh:
+            self._known[name].add(step)
 
     def _log_dataset(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
         dataset = Dataset(name, digest, source_type="local", source=json.dumps({"uri": source}))
