@@ -217,6 +217,7 @@ class Tracker:
     """
 
     def __init__(self, outbox: "_Outbox", spool: "_Spool", opening: Event) -> None:
+        self.run = str(opening["fingerprint"])
         self._outbox, self._spool = outbox, spool
         self._sender = outbox.sender()
         self._opening: Event = {"open": opening}
@@ -522,6 +523,9 @@ class _Outbox:
             return is_there
 
     def _wait(self, error: Exception) -> None:
+        if self._failures:  # not for the first time: perhaps it is this run that the store cannot digest, so others first
+            run = self._letters[0].tracker.run if self._letters else ""
+            self._letters = deque(sorted(self._letters, key=lambda each: each.tracker.run == run))
         now = time.monotonic()
         if not self._failures:
             self._failing_since = now
@@ -750,6 +754,7 @@ class _Orphan:
         self._directory, self._lock, self._outbox = directory, lock, outbox
         self._sender = outbox.sender()
         events = _read_events(directory / EVENTS)
+        self.run = str(events[0]["open"]["fingerprint"]) if events else ""
         if events and "status" not in events[-1]:
             events.append({"status": "KILLED"})
         self._letters = deque(_Letter(self, event) for event in events)
@@ -825,6 +830,8 @@ def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _may_pass(error: Exception) -> bool:
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return False  # a file of ours; asking again would hold up everything behind it
     return isinstance(error, OSError) or getattr(error, "error_code", None) in PASSING
 
 

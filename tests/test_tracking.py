@@ -459,6 +459,72 @@ def test_a_lost_answer_does_not_double_points(root: Storage, tmp_path: Path) -> 
     assert points(root, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
 
 
+class Stumbling(MlflowClient):
+    """A store that fails once when it is asked for the history of the second of two metrics."""
+
+    stumbled = False
+
+    def get_metric_history(self, run_id: str, key: str, *arguments: Any) -> Any:
+        if key == "rate" and not self.stumbled:
+            self.stumbled = True
+            raise ConnectionResetError("no answer")
+        return super().get_metric_history(run_id, key, *arguments)
+
+
+def test_a_failure_between_two_metrics_loses_neither(root: Storage, tmp_path: Path) -> None:
+    client = Stumbling(tracking.tracking_uri(root))
+    opening = {**ABOUT, "params": {}, "tags": {"mis.fingerprint": ABOUT["fingerprint"]}, "opened": 1}
+    for _ in range(2):  # a run that is new has no history to ask for
+        tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool"), opening)
+        tracker.start()
+        tracker.log_metrics({"loss": 1.0, "rate": 0.5}, 3)
+        tracker.close()
+    assert client.stumbled
+    assert points(root, "loss") == [(3, 1.0)]
+    assert points(root, "rate") == [(3, 0.5)]
+
+
+class Choking(MlflowClient):
+    """A store that cannot digest the metrics of one run."""
+
+    run = ""
+
+    def log_batch(self, run_id: str, *arguments: Any, **keywords: Any) -> Any:
+        if run_id == self.run and keywords.get("metrics"):
+            raise ConnectionResetError("no answer")
+        return super().log_batch(run_id, *arguments, **keywords)
+
+
+def test_one_run_that_the_store_cannot_digest_holds_up_no_other(
+    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.001)
+    client = Choking(tracking.tracking_uri(root))
+    outbox = tracking._Outbox(client, None)
+
+    def opened(fingerprint: str) -> tracking.Tracker:
+        opening = {**ABOUT, "fingerprint": fingerprint, "tags": {"mis.fingerprint": fingerprint}, "opened": 1}
+        tracker = tracking.Tracker(outbox, tracking._Spool(tmp_path / "spool"), opening)
+        tracker.start()
+        return tracker
+
+    bad, good = opened("bad"), opened("good")
+    client.run = str(bad.run_id)
+    bad.log_metrics({"loss": 1.0}, 1)
+    bad.close(wait=False)
+    good.log_metrics({"loss": 1.0}, 1)
+    good.close()
+    assert client.get_run(str(good.run_id)).info.status == "FINISHED"
+    assert client.get_run(str(bad.run_id)).info.status == "RUNNING"
+    client.run = ""  # the store is mended
+    for _ in range(200):
+        if client.get_run(str(bad.run_id)).info.status == "FINISHED":
+            break
+        time.sleep(0.05)
+    assert client.get_run(str(bad.run_id)).info.status == "FINISHED"
+    assert client.get_run(str(bad.run_id)).data.metrics == {"loss": 1.0}
+
+
 def test_what_the_store_refuses_for_good_is_left_out(root: Storage, caplog: pytest.LogCaptureFixture) -> None:
     with tracking.open_run(root, **ABOUT) as tracker:
         tracker.log_metrics({"NoC@85": 1.0})  # MLflow allows no @
