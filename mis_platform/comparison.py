@@ -459,7 +459,8 @@ def _tables(comparison: Comparison) -> list[Table]:
         cells = list(group)
         objects = "/".join(str(count) for count in dict.fromkeys(cell.objects for cell in cells) if count)
         title = f"{dataset}: {TITLES[metric]}" + (f", {objects} objects" if objects else "")
-        tables.append(Table(title, _without_empty([_head(comparison), *(_texts(comparison, each) for each in cells)])))
+        shown = [each for each in cells if each.state != "quoted" or each.paper is not None]
+        tables.append(Table(title, _without_empty([_head(comparison), *(_texts(comparison, each) for each in shown)])))
     return tables
 
 
@@ -511,7 +512,7 @@ def _remarks(comparison: Comparison) -> list[str]:
     for line in comparison.lines:
         if line.state == "quoted":
             sources.setdefault(line.reason, []).append(line.name)
-    remarks += [f"Quoted from {source}, not run here: {', '.join(names)}." for source, names in sources.items()]
+    remarks += [f"Not run here: {', '.join(names)}. Quoted from {source}." for source, names in sources.items()]
     return remarks + list(comparison.notes)
 
 

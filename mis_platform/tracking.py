@@ -523,7 +523,7 @@ class _Outbox:
             return is_there
 
     def _wait(self, error: Exception) -> None:
-        if self._failures:  # not for the first time: perhaps it is this run that the store cannot digest, so others first
+        if self._failures:  # again: perhaps it is this run that the store cannot digest, so others first
             run = self._letters[0].tracker.run if self._letters else ""
             self._letters = deque(sorted(self._letters, key=lambda each: each.tracker.run == run))
         now = time.monotonic()

@@ -262,7 +262,7 @@ def test_every_row_stays_with_its_state() -> None:
     assert ["alpha=0.9", "missing", "3.00"] in lines
     assert ["Other*", "quoted", "6.00", "(quoted)"] in lines
     assert "alpha=0: failed: no weights for it\nalpha=0.9: not run yet\n" in text
-    assert "Quoted from paper, Table 1, not run here: Other*." in text
+    assert "Not run here: Other*. Quoted from paper, Table 1." in text
 
 
 def test_a_failed_seed_does_not_hide_the_others() -> None:
@@ -366,3 +366,12 @@ def test_iou_after_five_clicks() -> None:
     cells = {(each.dataset, each.metric): each for each in all_cells if each.row == ALPHA.name}
     assert cells["grabcut", "iou5"].mean == pytest.approx((0.5 + 0.95) / 2)
     assert ("short", "iou5") not in cells, "no table of unknowns"
+
+
+def test_quoted_rows_are_named_once_where_the_paper_has_no_number_for_them() -> None:
+    outcomes = [done(ALPHA, 1, 2, dataset="own"), done(ALPHA, 1, 2, seed=1)]
+    text = render(compare(EXPERIMENT, "small", outcomes, {}), "text")
+    grabcut, own = (text.split(f"{name}: NoC@90")[1].split("\n\n")[1] for name in ("grabcut", "own"))
+    assert "Other*" in grabcut
+    assert "Other*" not in own
+    assert "Not run here: Other*. Quoted from" in text
