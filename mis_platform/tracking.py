@@ -448,9 +448,8 @@ class _Outbox:
                 self._changed.notify_all()
 
             def is_over() -> bool:
-                return letter.is_done or (
-                    self._is_away(failures or FAILURES) and (just_asked or self._attempts > asked)
-                )
+                is_away = (just_asked or self._attempts > asked) and self._is_away(failures or FAILURES)
+                return letter.is_done or is_away or self._thread is None
 
             self._changed.wait_for(is_over, seconds)
 
@@ -470,6 +469,15 @@ class _Outbox:
         return self._failures >= failures or is_failing_long
 
     def _send_all(self) -> None:
+        try:
+            self._send_each()
+        finally:
+            with self._changed:  # whoever waits must not wait for a thread that a mistake of ours has ended
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                self._changed.notify_all()
+
+    def _send_each(self) -> None:
         while (letter := self._next()) is not None:
             error: Exception | None = None
             try:
@@ -488,7 +496,7 @@ class _Outbox:
             while self._letters and (pause := self._ask_again - time.monotonic()) > 0:
                 self._changed.wait(pause)
             if not self._letters:
-                self._thread = None
+                self._thread = None  # under the lock, so that whoever posts next starts another
                 return None
             return self._letters[0]
 
@@ -496,14 +504,16 @@ class _Outbox:
         """Go on to the next letter, or wait because of `error`."""
         # No tracker is called while `_changed` is held: a tracker that posts holds its own lock first.
         if error is not None:
-            for tracker in self._waiting():
-                tracker.save()
+            with contextlib.suppress(OSError):  # a full disk is told where the run is written, in its own thread
+                for tracker in self._waiting():
+                    tracker.save()
         else:
             if letter.refusal is not None and "open" not in letter.event:
                 kind = next(iter(letter.event))
                 logger.warning("MLflow refuses %s, it is left out: %s", kind, _first_line(letter.refusal))
             if self._take(letter):
-                letter.tracker.delivered(letter)
+                with contextlib.suppress(OSError):  # what stays on disk is sent again, which changes nothing
+                    letter.tracker.delivered(letter)
         with self._changed:
             self._attempts += 1
             self._asked = time.monotonic()
