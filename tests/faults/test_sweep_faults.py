@@ -59,7 +59,7 @@ EXPERIMENT = Experiment(
 )
 ONE = HEAD + 'EXPERIMENT = Experiment(question=__doc__, source="Table 0", rows=(row("good"),))\n'
 SHORT = ["train.max_steps=3", "eval.max_clicks=2"]
-SILENCE = 60.0  # seconds; starting the workers of a row takes 10 to 40 on two busy cores
+SILENCE = 90.0  # seconds; starting the workers of a row takes 10 to 60 on two busy cores
 
 
 @pytest.fixture
@@ -140,6 +140,14 @@ def leave_no_memory(pid: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_AS, (size, size))
 
 
+def is_at_work(pid: int) -> bool:
+    """Whether a worker has got past its start: torch is there."""
+    try:
+        return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
 class Saboteur(threading.Thread):
     """Acts on the workers of a row while that row is the newest one that is not finished."""
 
@@ -161,7 +169,7 @@ class Saboteur(threading.Thread):
 
     def _act(self, row: str, title: str, act: Callable[[int], None]) -> None:
         for pid, found in family(self._driver).items():
-            if found.startswith(title) and pid not in self._touched:
+            if found.startswith(title) and pid not in self._touched and is_at_work(pid):
                 self._touched.add(pid)
                 self.done[row] = self.done.get(row, 0) + 1
                 act(pid)
