@@ -17,12 +17,17 @@ OTHERS = {
     "DSM*": four((3.64, 4.64), (5.49, 7.75), (8.59, 11.57), (7.08, 10.11)),
 }
 
+
+def quoted(name: str) -> str:
+    return f"paper, Table 1; runs as a row of that: mis run sweep table1 --only '{name}'"
+
+
 EXPERIMENT = Experiment(
     question=__doc__,
     source="Table 5",
     rows=(
         *vary(Run(), "sampling.strategy", PAPER, PAPER),
-        *(Row(name, Run(), numbers, quoted="paper, Table 1") for name, numbers in OTHERS.items()),
+        *(Row(name, Run(), numbers, quoted=quoted(name)) for name, numbers in OTHERS.items()),
     ),
     default="strategy=top_down",
     note="Which nodes the paper's uniform sampling draws from is not published: here inner nodes and the root, with "

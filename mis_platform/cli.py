@@ -224,9 +224,9 @@ def run_sweep(
     typer.echo(render(comparison, "text"))
     typer.echo(f"\nreport and figures: {prepared.directory}", err=True)
     failed = [outcome for outcome in sweep.outcomes(prepared) if outcome.state == "failed"]
-    for outcome in failed:
-        typer.echo(f"failed: {outcome.row.name}, seed {outcome.seed}: {outcome.reason}", err=True)
     if failed:
+        names = dict.fromkeys(outcome.row.name for outcome in failed)
+        typer.echo(f"failed, for the reasons above: {', '.join(names)}; the same command tries them again", err=True)
         raise typer.Exit(FAILURES)
     return None
 
@@ -387,8 +387,9 @@ def _sweep(
 
 def _print_sweep(prepared: "Sweep") -> None:
     """The question, the rows with the settings that tell them apart, what is done, what is missing, the work left."""
-    from mis_platform.config import flatten
+    from mis_platform.config import ROBOT_SETTINGS, TRAINED, flatten
 
+    untrained = {"method", *(f"eval.{name}" for name in ROBOT_SETTINGS)}  # what decides the answers of other methods
     experiment, varied = prepared.experiment, prepared.experiment.varied()
     typer.echo(f"{prepared.name} ({experiment.source}, profile {prepared.profile}): {experiment.question}")
     if experiment.note:
@@ -400,7 +401,8 @@ def _print_sweep(prepared: "Sweep") -> None:
         if row.quoted:
             typer.echo(f"{'quoted':<8}  {row.name:<{width}}  {row.quoted}")
         for seed in range(row.seeds(prepared.seeds)):
-            settings = ", ".join(f"{name}={_spell(flatten(row.run)[name])}" for name in varied)
+            relevant = varied if row.run.method == TRAINED else [name for name in varied if name in untrained]
+            settings = ", ".join(f"{name}={_spell(flatten(row.run)[name])}" for name in relevant)
             task, why = tasks.get((row.name, seed)), prepared.refused.get((row.name, seed))
             state = "refused" if task is None else _state(task, prepared)
             typer.echo(f"{state:<8}  {row.name + (f' seed {seed}' if seed else ''):<{width}}  {why or settings}")

@@ -130,6 +130,8 @@ def compare(experiment: Experiment, profile: str, outcomes: Sequence[Outcome], a
     cells: list[Cell] = []
     for dataset, metric in _columns(experiment, profile, outcomes):
         scores = {row.name: per_object(runs[row.name], dataset, metric) for row in experiment.rows}
+        if metric in AFTER and not any(np.isfinite(each).any() for each in scores.values()):
+            continue  # sessions end before so many clicks
         cells += [_cell(experiment, row, states, dataset, metric, profile, scores) for row in experiment.rows]
     return Comparison(
         question=experiment.question,
@@ -296,12 +298,15 @@ def _notes(experiment: Experiment, profile: str, cells: Sequence[Cell]) -> list[
             f"Profile {profile} has other sizes than the paper: the paper's numbers are shown for orientation and are "
             "not comparable with ours. What may compare is the direction of a change between two rows."
         )
+    trained = [cell for cell in cells if cell.metric != "overlap"]
     if any(cell.low is not None for cell in cells):
-        notes.append(
-            "Brackets: 95 % bootstrap intervals over objects (differences: paired, on the same objects). They leave "
-            "out what another training seed would change; that is the number after the +-, given two seeds or more."
+        brackets = "Brackets: 95 % bootstrap intervals over objects (differences: paired, on the same objects)."
+        seeds = (
+            " They leave out what another training seed would change; that is the number after the +-, given two "
+            "seeds or more."
         )
-    if any(cell.state == "done" and cell.seeds == 1 for cell in cells):
+        notes.append(brackets + (seeds if trained else ""))
+    if any(cell.state == "done" and cell.seeds == 1 for cell in trained):
         notes.append("Where a row has one seed, a small difference may be the seed's.")
     return notes + _notes_on_objects(experiment, cells)
 
@@ -454,7 +459,8 @@ def _tables(comparison: Comparison) -> list[Table]:
         cells = list(group)
         objects = "/".join(str(count) for count in dict.fromkeys(cell.objects for cell in cells) if count)
         title = f"{dataset}: {TITLES[metric]}" + (f", {objects} objects" if objects else "")
-        tables.append(Table(title, _without_empty([_head(comparison), *(_texts(comparison, each) for each in cells)])))
+        shown = [each for each in cells if each.state != "quoted" or each.paper is not None]
+        tables.append(Table(title, _without_empty([_head(comparison), *(_texts(comparison, each) for each in shown)])))
     return tables
 
 
@@ -506,7 +512,7 @@ def _remarks(comparison: Comparison) -> list[str]:
     for line in comparison.lines:
         if line.state == "quoted":
             sources.setdefault(line.reason, []).append(line.name)
-    remarks += [f"Quoted from {source}, not run here: {', '.join(names)}." for source, names in sources.items()]
+    remarks += [f"Not run here: {', '.join(names)}. Quoted from {source}." for source, names in sources.items()]
     return remarks + list(comparison.notes)
 
 

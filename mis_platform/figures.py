@@ -21,11 +21,14 @@ from mis_platform.simulation.tree import MergeTree
 
 DPI = 150
 PANEL = 3.2  # inches, longer side of one photo
+NARROWEST = 1.7  # inches of a panel, so that its title does not meet the next one's
 COLUMNS = 3
+LEGEND_ENTRY, LEGEND_LINE = 1.35, 0.22  # inches that an entry of a legend takes, across and down
 POSITIVE, NEGATIVE, MASK, TRUTH = "#00a651", "#e3242b", "#ffd400", "white"
 # Okabe and Ito's colours, which survive colour blindness; markers and dashes survive black-and-white print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "black")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")  # as many as no other cycle divides
+MANY = 4  # curves, from which on the legend stands beside them
 DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -164,7 +167,8 @@ def clicks_and_masks(
     if not len(clicks) == len(masks) == len(ious) >= 1:
         raise ValueError(f"{len(clicks)} clicks, {len(masks)} masks, {len(ious)} IoUs; each click needs one of both")
     counts = sorted({count for count in shown if count < len(clicks)} | {len(clicks)})
-    figure, axes = _panels(1 + len(counts), image.shape[0], image.shape[1], legend=True)
+    legend = _click_legend()
+    figure, axes = _panels(1 + len(counts), image.shape[0], image.shape[1], legend=len(legend))
     axes[0].imshow(_highlight(image, target == 1))
     _outline(axes[0], target == 1, TRUTH, "-")
     axes[0].set_title("object")
@@ -175,7 +179,8 @@ def clicks_and_masks(
         _dots(panel, clicks[:count])
         panel.set_title(f"{count} click{'s' if count > 1 else ''}, IoU {ious[count - 1]:.3f}")
     look: dict[str, Any] = {"facecolor": "0.2", "edgecolor": "none", "labelcolor": "white", "fontsize": 8}
-    figure.legend(handles=_click_legend(), loc="lower center", ncols=min(4, len(axes)), **look)
+    ncols = _legend_columns(figure.get_figwidth(), len(legend))
+    figure.legend(handles=legend, loc="lower center", ncols=ncols, **look)
     return figure
 
 
@@ -229,7 +234,8 @@ def iou_curve(
     curves: label -> mean IoU in [0, 1] after click 1, 2, ...; thresholds: dotted lines; bands: label -> lower and upper
     limit at each click. The label of the vertical axis says where it starts if that is not 0.
     """
-    figure = Figure(figsize=(6, 4.2), layout="constrained", dpi=DPI)
+    is_beside = len(curves) > MANY
+    figure = Figure(figsize=(6 + 1.8 * is_beside, 4.2), layout="constrained", dpi=DPI)
     panel = figure.add_subplot()
     for (label, values), colour, marker, dash in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
         clicks = np.arange(1, len(values) + 1)
@@ -239,8 +245,8 @@ def iou_curve(
     for threshold in thresholds:
         panel.axhline(threshold, color="0.45", linestyle=":", linewidth=1)
         panel.annotate(
-            f"{threshold:.0%}", (1, threshold), (-2, 2), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", fontsize=8, color="0.35",
+            f"{threshold:.0%}", (1, threshold), (3, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="left", va="center", fontsize=8, color="0.35", annotation_clip=False,
         )  # fmt: skip
     lowest = min((float(np.nanmin(values)) for values in curves.values()), default=0.0)
     start = max(0.0, math.floor(lowest * 10 - 0.5) / 10)
@@ -250,7 +256,10 @@ def iou_curve(
     panel.set_xlabel("number of clicks")
     panel.set_ylabel("mean IoU" + (f" (axis starts at {start:.1f})" if start > 0 else ""))
     panel.grid(alpha=0.25)
-    panel.legend(loc="best")
+    if is_beside:
+        figure.legend(loc="outside right upper", frameon=False)
+    else:
+        panel.legend(loc="best")
     return figure
 
 
@@ -329,12 +338,19 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 # -- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _panels(count: int, height: int, width: int, legend: bool = False) -> tuple[Figure, list[Axes]]:
-    """A grid of `count` panels for photos of height x width pixels, and room for a legend below."""
+def _legend_columns(width: float, entries: int) -> int:
+    """How many entries of a legend fit beside each other on a figure of `width` inches."""
+    return max(1, min(entries, int(width / LEGEND_ENTRY)))
+
+
+def _panels(count: int, height: int, width: int, legend: int = 0) -> tuple[Figure, list[Axes]]:
+    """A grid of `count` panels for photos of height x width pixels, and room for a legend of so many entries below."""
     columns = min(count, COLUMNS)
     rows = math.ceil(count / columns)
     scale = PANEL / max(height, width)
-    size = (columns * (width * scale + 0.1), rows * (height * scale + 0.35) + 0.3 * legend)
+    across = columns * (max(width * scale, NARROWEST) + 0.1)
+    below = LEGEND_LINE * math.ceil(legend / _legend_columns(across, legend)) + 0.1 if legend else 0.0  # inches
+    size = (across, rows * (height * scale + 0.35) + below)
     figure = Figure(figsize=size, dpi=DPI)
     axes = []
     for number in range(count):
@@ -343,6 +359,6 @@ def _panels(count: int, height: int, width: int, legend: bool = False) -> tuple[
         panel.set_anchor("N")
         axes.append(panel)
         panel.title.set_fontsize(10)
-    bottom = 0.3 * legend / size[1]
+    bottom = below / size[1]
     figure.subplots_adjust(0.01, bottom + 0.01, 0.99, 1 - 0.3 / size[1], wspace=0.03, hspace=0.35 / (height * scale))
     return figure, axes

@@ -186,9 +186,19 @@ def model_fingerprint(model: Storage) -> str:
 
 
 def record(
-    root: Storage, experiment: str, name: str, model: str, run: Run, resources: Resources, parent: str | None = None
+    root: Storage,
+    experiment: str,
+    name: str,
+    model: str,
+    run: Run,
+    resources: Resources,
+    parent: str | None = None,
+    wait: bool = True,
 ) -> tracking.Tracker:
-    """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`."""
+    """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`.
+
+    wait: for a slow store, as in `tracking.open_run`.
+    """
     return tracking.open_run(
         root,
         experiment=experiment,
@@ -196,6 +206,7 @@ def record(
         fingerprint=fingerprint({"model": model, "eval": plain(run.eval)}),
         params=flatten(run) | flatten(resources, "resources."),
         parent=parent,
+        wait=wait,
     )
 
 

@@ -67,16 +67,26 @@ class Sweep:
     root: Storage
     resources: Resources
     tasks: tuple[Task, ...]
+    whole: Experiment  # with the rows that are left out this time
     assignments: tuple[str, ...] = ()  # settings on top of the profile's
     refused: Mapping[tuple[str, int], str] = field(default_factory=dict)  # (row, seed) -> why it cannot even start
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        rows = [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in self.experiment.rows]
         data = sorted({task.fingerprint(self.resources) for task in self.tasks})  # the same words, but other photos
+        rows = _plain_rows(self.experiment)
         return fingerprint(
             {"sweep": self.name, "profile": self.profile, "rows": rows, "seeds": self.seeds, "data": data}
         )
+
+    @functools.cached_property
+    def parent(self) -> str:
+        """The fingerprint of the MLflow run above the rows: one for each data set and settings, whatever part of the
+        experiment is run and how often, because a row can lie under one run only."""
+        photos = {task.photos.digest() for task in self.tasks if task.photos is not None}
+        scored = {each.digest(masks=True) for task in self.tasks for each in task.benchmarks}
+        data = [sorted(photos), sorted(scored)]
+        return fingerprint({"sweep": self.name, "profile": self.profile, "rows": _plain_rows(self.whole), "data": data})
 
     @property
     def size(self) -> str:
@@ -115,7 +125,8 @@ def prepare(
 
     Raises ValueError for unknown names and settings.
     """
-    experiment = load_experiment(name).with_profile(profile).with_settings(assignments).select(only)
+    whole = load_experiment(name).with_profile(profile).with_settings(assignments)
+    experiment = whole.select(only)
     tasks, refused = [], {}
     for row in experiment.rows:
         for seed in range(row.seeds(seeds)):
@@ -125,7 +136,11 @@ def prepare(
                 tasks.append(task)
             except ValueError as error:
                 refused[row.name, seed] = str(error)
-    return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), tuple(assignments), refused)
+    return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), whole, tuple(assignments), refused)
+
+
+def _plain_rows(experiment: Experiment) -> list[Any]:
+    return [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in experiment.rows]
 
 
 def _task(row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None) -> Task:
@@ -377,12 +392,12 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
                 self._close(group, "KILLED")
 
     def _open(self, group: int) -> tracking.Tracker:
-        return _child(self._sweep, self._groups[group][0])
+        return _child(self._sweep, self._groups[group][0], wait=False)
 
     def _close(self, group: int, status: str) -> None:
         tracker = self._trackers.pop(group, None)
         if tracker is not None:
-            tracker.close(status)
+            tracker.close(status, wait=False)  # the next trial does not wait for a slow store
 
 
 @contextlib.contextmanager
@@ -400,16 +415,16 @@ def _parent(sweep: Sweep) -> tracking.Tracker:
         sweep.root,
         experiment=sweep.name,
         name=f"{sweep.name} {sweep.profile}",
-        fingerprint=sweep.fingerprint,
-        params={"profile": sweep.profile, "seeds": sweep.seeds, "rows": [row.name for row in sweep.experiment.rows]},
+        fingerprint=sweep.parent,
+        params={"profile": sweep.profile, "seeds": sweep.seeds, "rows": [row.name for row in sweep.whole.rows]},
         tags={"mis.question": sweep.experiment.question, "mis.source": sweep.experiment.source},
     )
 
 
-def _child(sweep: Sweep, task: Task) -> tracking.Tracker:
+def _child(sweep: Sweep, task: Task, wait: bool = True) -> tracking.Tracker:
     """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it."""
     model = task.model(sweep.resources)
-    return jobs.record(sweep.root, sweep.name, task.name, model, task.run, sweep.resources, sweep.fingerprint)
+    return jobs.record(sweep.root, sweep.name, task.name, model, task.run, sweep.resources, sweep.parent, wait)
 
 
 def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
@@ -424,7 +439,7 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
     marker = f"recorded/{store}"
     if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
         return
-    run, resources, root, parent = task.run, sweep.resources, sweep.root, sweep.fingerprint
+    run, resources, root, parent = task.run, sweep.resources, sweep.root, sweep.parent
     if task.photos is not None:
         start = task.pretraining(resources)
         model = jobs.train(task.photos, run, resources, root, sweep.name, start, task.name, parent)
@@ -447,7 +462,7 @@ def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
         name=task.name,
         fingerprint=task.fingerprint(sweep.resources),
         params={"features.extractor": task.run.features.extractor},
-        parent=sweep.fingerprint,
+        parent=sweep.parent,
     )
 
 
@@ -467,9 +482,12 @@ def _record_report(
     texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
     if sweep.directory.exists(LAST_REPORT) and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
         return  # nothing is new: a second run draws nothing again
-    for name, figure in draw(sweep, comparison, found).items():
-        sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))
-        parent.log_figure(figure, f"figures/{name}")
+    try:
+        for name, figure in draw(sweep, comparison, found).items():
+            sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))
+            parent.log_figure(figure, f"figures/{name}")
+    except Exception as error:  # the numbers do not depend on a photo that cannot be drawn
+        print(f"sweep: the report has no more figures: {reason_of(error)}", file=sys.stderr)
     for name, text in texts.items():
         parent.log_text(text, name)
         sweep.directory.write_bytes(name, text.encode())

@@ -2,8 +2,9 @@
 
 One experiment record a fingerprint: opening a run again, after a crash or for another benchmark, continues the same
 MLflow run, and every (metric, step) is there once. Only the driver process writes. The store is SQLite in the root,
-or whatever MLFLOW_TRACKING_URI names; a server that is down costs nothing but a warning: what it misses is kept on
-disk and sent when it answers again.
+or whatever MLFLOW_TRACKING_URI names. A thread talks to it, so that a server that is slow or down holds up nothing:
+what it misses is kept on disk and sent when it answers again. A run that is open has a locked folder on that shelf; a
+folder that is not locked was left by a process that died, and the next one to open a run ends the dead one's.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -25,12 +27,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-# Before the import, which reads them: no usage reports, no chatter, and no minutes of silent retries inside a training.
+# Before the import, which reads them: no usage reports, no chatter, and no silent retries: after a lost answer MLflow
+# itself would log the same points again.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
 
 import numpy as np
@@ -54,11 +57,16 @@ ATTEMPT, OPENED = "mis.attempt", "mis.opened"  # how often the run was opened, a
 DIGEST = "mis.sha256"  # of a registered model's weights
 MODEL_FILES = ("model.safetensors", "config.json")
 SECONDS_BETWEEN_FLUSHES = 5.0
-FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds before a store that did not answer is asked again
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a store that did not answer is asked again; doubled each time
+OPENING_SECONDS = 10.0  # that a run waits for a store that is slow to open it
+FAILURES, FAILING_SECONDS = 5, 15.0  # in a row: a store that fails so often, or so long, is away
 METRICS_IN_BATCH, PARAMS_IN_BATCH = 1000, 100  # limits of MLflow
 LONGEST_DIGEST = 36  # characters, limit of MLflow
 # What a store says that may answer next time; everything else it says is final.
-PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "ABORTED"}
+PASSING = {
+    *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
+    *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"),
+}
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
 SHORTEST_SECRET = 6  # characters; a shorter value would blot out ordinary words
 LOCK, EVENTS = ".lock", "events.jsonl"
@@ -170,18 +178,18 @@ def open_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
+    wait: bool = True,
 ) -> "Tracker":
     """The MLflow run of a fingerprint, made if it is not there yet.
 
     parent: fingerprint of the run of the same experiment under which it is shown: a sweep, for one of its rows.
     params: dotted name -> value, e.g. from `config.flatten`. A run that is opened again keeps the parameters it has,
     since MLflow forbids changing them; one that differs now (only Resources may) becomes the tag `latest.<name>`.
+    wait: for the store to open it; False where waiting for a slow one would hold something up.
     Raises ValueError when the store refuses (unknown kind, no access); when it does not answer, the run starts without.
     """
-    client = connect(root)
+    outbox = _outbox(root)
     shelf = (root.local or Path.home() / ".cache" / "mis_platform") / "mlflow-spool"
-    database = _sqlite_file(tracking_uri(root))
-    _send_orphans(client, shelf, database)
     about = {FINGERPRINT: fingerprint, "mlflow.source.name": "mis", **(tags or {})}
     if (commit := git_commit()) is not None:
         about["mlflow.source.git.commit"] = commit
@@ -194,8 +202,10 @@ def open_run(
         "opened": int(time.time() * 1000),
         "parent": parent,
     }
-    tracker = Tracker(_Sender(client, database), _Spool(shelf), opening)
-    tracker.start()
+    for orphan in _orphans(shelf, outbox):
+        orphan.post()
+    tracker = Tracker(outbox, _Spool(shelf), opening)
+    tracker.start(wait)
     return tracker
 
 
@@ -206,14 +216,16 @@ class Tracker:
     process; it refuses to travel to another process.
     """
 
-    def __init__(self, sender: "_Sender", spool: "_Spool", opening: Event) -> None:
-        self._sender, self._spool = sender, spool
+    def __init__(self, outbox: "_Outbox", spool: "_Spool", opening: Event) -> None:
+        self.run = str(opening["fingerprint"])
+        self._outbox, self._spool = outbox, spool
+        self._sender = outbox.sender()
         self._opening: Event = {"open": opening}
-        self._unsent: deque[Event] = deque([self._opening])
-        self._unsaved: list[Event] = [self._opening]  # those of `_unsent` that are in memory only
+        self._unsent: deque[_Letter] = deque()
+        self._unsaved: list[Event] = []  # those of `_unsent` that are in memory only
         self._metrics: list[list[Any]] = []  # name, value, step, milliseconds
         self._flushed = time.monotonic()
-        self._pause, self._ask_again = FIRST_PAUSE, 0.0
+        self._is_closed = False
         self._guard = threading.RLock()
 
     @property
@@ -221,18 +233,17 @@ class Tracker:
         """MLflow's id of the run; None as long as the store has not answered."""
         return self._sender.run_id
 
-    def start(self) -> None:
-        """Open the run in the store. Raises ValueError when the store refuses."""
-        try:
-            self._sender.send(self._opening, self._spool.files)
-            self._unsent.clear()
+    def start(self, wait: bool = True) -> None:
+        """Open the run in the store. Raises ValueError when the store refuses, as far as it is waited for."""
+        self._spool.save([self._opening])
+        with self._guard:
+            letter = self._post(self._opening)
             self._unsaved.clear()
-        except (MlflowException, OSError) as error:
-            if not _may_pass(error):
+        if wait:
+            self._outbox.wait_for(letter, OPENING_SECONDS, failures=1)
+            if letter.refusal is not None:
                 self._spool.remove()
-                raise ValueError(f"MLflow refuses the run: {_first_line(error)}") from None
-            self._wait(error)
-            self.flush()
+                raise ValueError(f"MLflow refuses the run: {_first_line(letter.refusal)}")
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Scalars at a training step. A (name, step) that is in the store already keeps its first value."""
@@ -240,7 +251,7 @@ class Tracker:
         with self._guard:
             self._metrics += [[name, float(value), int(step), now] for name, value in values.items()]
             if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
-                self.flush()
+                self._post_metrics()
 
     def log_curve(self, name: str, values: Iterable[float], first_step: int = 1) -> None:
         """A whole curve, e.g. the mean IoU after click 1, 2, ...: the step is the number of clicks."""
@@ -290,30 +301,27 @@ class Tracker:
     def flush(self) -> None:
         """Send all that waits; what the store does not take is kept on disk."""
         with self._guard:
-            self._flushed = time.monotonic()
-            if self._metrics:
-                self._queue({"metrics": self._metrics})
-                self._metrics = []
-            if self._flushed >= self._ask_again:
-                self._send()
-            if not self._unsent:
-                self._unsaved.clear()
-                self._spool.clear()
-            elif self._unsaved:
-                self._spool.save(self._opening, self._unsaved)
-                self._unsaved = []
+            self._post_metrics()
+            last = self._unsent[-1] if self._unsent else None
+        if last is not None:
+            self._outbox.wait_for(last, failures=1)
+            self.save()
 
-    def close(self, status: str = "FINISHED") -> None:
-        """status: FINISHED, FAILED or KILLED."""
+    def close(self, status: str = "FINISHED", wait: bool = True) -> None:
+        """status: FINISHED, FAILED or KILLED. wait: until the store has everything, or is away; what it has not got
+        then is sent by the next process. False leaves it to the thread as long as this process lives."""
         with self._guard:
-            self._ask_again = 0.0  # the last chance of this process
-            self.flush()
-            self._add({"status": status})
-            if self._unsent:
-                logger.warning("MLflow has not got everything; the rest follows with the next run on this root")
-                self._spool.release()
-            else:
-                self._spool.remove()
+            self._post_metrics()
+            self._is_closed = True
+            last = self._post({"status": status})
+        try:
+            if wait:
+                self._outbox.wait_for(last)
+        finally:
+            self.save()
+        if wait and not last.is_done:
+            logger.warning("MLflow has not got everything; the rest follows with the next run on this root")
+            self._outbox.give_up()
 
     def __enter__(self) -> "Tracker":
         return self
@@ -332,34 +340,219 @@ class Tracker:
 
     def _add(self, event: Event) -> None:
         with self._guard:
-            self._queue(event)
-            self.flush()
+            self._post_metrics()  # first, so that the store gets everything in the order it was said
+            self._post(event)
 
-    def _queue(self, event: Event) -> None:
-        self._unsent.append(event)
+    def _post_metrics(self) -> None:
+        """Hand over the points since the last time; what has been waiting since then is kept on disk too."""
+        self._flushed = time.monotonic()
+        self.save()
+        if self._metrics:
+            self._post({"metrics": self._metrics})
+            self._metrics = []
+
+    def _post(self, event: Event) -> "_Letter":
+        letter = _Letter(self, event)
+        self._unsent.append(letter)
         self._unsaved.append(event)
+        self._outbox.post(letter)
+        return letter
 
-    def _send(self) -> None:
-        while self._unsent:
-            event = self._unsent[0]
-            try:
-                self._sender.send(event, self._spool.files)
-                self._pause = FIRST_PAUSE
-            except (MlflowException, OSError) as error:
-                if _may_pass(error) or "open" in event:
-                    return self._wait(error)
-                logger.warning("MLflow refuses %s, it is left out: %s", next(iter(event)), _first_line(error))
+    # What the thread of the outbox calls.
+
+    def deliver(self, event: Event) -> None:
+        """Raises MlflowException or OSError."""
+        if self._sender.run_id is not None or event is self._opening:
+            self._sender.send(event, self._spool.files)
+
+    def save(self) -> None:
+        """Keep on disk what the store has not got."""
+        with self._guard:
+            if self._unsaved:
+                self._spool.save(self._unsaved)
+                self._unsaved = []
+
+    def delivered(self, letter: "_Letter") -> None:
+        """The first unsent letter has been taken, or was refused for good."""
+        with self._guard:
+            assert self._unsent[0] is letter, "letters are delivered in order"
             self._unsent.popleft()
-        return None
+            if self._sender.run_id is None:  # the store refuses the run: kept for the next process, which asks again
+                self.save()
+                if "status" in letter.event:
+                    self._spool.release()
+                return
+            if self._unsaved and self._unsaved[0] is letter.event:
+                self._unsaved.pop(0)
+            if not self._unsent:
+                self._spool.remove() if self._is_closed else self._spool.clear(self._opening)
 
-    def _wait(self, error: Exception) -> None:
-        if self._pause == FIRST_PAUSE:
-            logger.warning("MLflow does not answer, its records are kept in %s: %s", self._spool, _first_line(error))
-        self._ask_again = time.monotonic() + self._pause
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+    def give_up(self) -> bool:
+        """Leave what is unsent to the next process, if the run has ended; whether it has."""
+        with self._guard:
+            if self._is_closed:
+                self.save()
+                self._spool.release()
+            return self._is_closed
 
 
 # -- sending ---------------------------------------------------------------------------------------------------------
+
+
+class _Letter:
+    """One event of one run, on its way to the store."""
+
+    def __init__(self, tracker: "Tracker | _Orphan", event: Event) -> None:
+        self.tracker, self.event = tracker, event
+        self.is_done = False
+        self.refusal: Exception | None = None  # what the store said if it will not take it, ever
+
+
+class _Outbox:
+    """What all runs of this process have to tell one store, sent by one thread, in order.
+
+    One queue, because a run may be opened again while what it said before still waits. The thread ends when there is
+    nothing to send.
+    """
+
+    def __init__(self, client: MlflowClient, database: Path | None) -> None:
+        self._client, self._database = client, database
+        self._letters: deque[_Letter] = deque()
+        self._thread: threading.Thread | None = None
+        self._attempts = self._failures = 0  # the latter since the last success
+        self._failing_since = self._ask_again = 0.0
+        self._asked = -math.inf  # when the last attempt ended
+        self._changed = threading.Condition()
+
+    def sender(self) -> "_Sender":
+        return _Sender(self._client, self._database)
+
+    def post(self, letter: _Letter) -> None:
+        with self._changed:
+            self._letters.append(letter)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def wait_for(self, letter: _Letter, seconds: float | None = None, failures: int | None = None) -> None:
+        """Until it has been sent or the store is away: unless it was asked just now, it is asked once more, at once.
+
+        seconds: at most that long; failures: give up after so many in a row instead of what counts as away.
+        """
+        with self._changed:
+            just_asked = time.monotonic() - self._asked < SECONDS_BETWEEN_FLUSHES
+            asked = self._attempts
+            if not (just_asked and self._is_away(FAILURES)):
+                self._ask_again = 0.0
+                self._changed.notify_all()
+
+            def is_over() -> bool:
+                is_away = (just_asked or self._attempts > asked) and self._is_away(failures or FAILURES)
+                return letter.is_done or is_away or self._thread is None
+
+            self._changed.wait_for(is_over, seconds)
+
+    def give_up(self) -> None:
+        """Leave what ended runs still have to say to the next process."""
+        gone = {tracker for tracker in self._waiting() if tracker.give_up()}
+        with self._changed:
+            self._letters = deque(letter for letter in self._letters if letter.tracker not in gone)
+            self._changed.notify_all()
+
+    def _waiting(self) -> "set[Tracker | _Orphan]":
+        with self._changed:
+            return {letter.tracker for letter in self._letters}
+
+    def _is_away(self, failures: int) -> bool:
+        is_failing_long = self._failures > 0 and time.monotonic() - self._failing_since > FAILING_SECONDS
+        return self._failures >= failures or is_failing_long
+
+    def _send_all(self) -> None:
+        try:
+            self._send_each()
+        finally:
+            with self._changed:  # whoever waits must not wait for a thread that a mistake of ours has ended
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                self._changed.notify_all()
+
+    def _send_each(self) -> None:
+        while (letter := self._next()) is not None:
+            error: Exception | None = None
+            try:
+                letter.tracker.deliver(letter.event)
+            except (MlflowException, OSError) as raised:
+                error = raised
+            except Exception as raised:  # of MLflow itself; whatever it is, the thread goes on
+                letter.refusal = raised
+            if error is not None and not _may_pass(error):
+                letter.refusal, error = error, None
+            self._settle(letter, error)
+
+    def _next(self) -> _Letter | None:
+        """The first letter, when it is time; None when there is none, and then no thread either."""
+        with self._changed:
+            while self._letters and (pause := self._ask_again - time.monotonic()) > 0:
+                self._changed.wait(pause)
+            if not self._letters:
+                self._thread = None  # under the lock, so that whoever posts next starts another
+                return None
+            return self._letters[0]
+
+    def _settle(self, letter: _Letter, error: Exception | None) -> None:
+        """Go on to the next letter, or wait because of `error`."""
+        # No tracker is called while `_changed` is held: a tracker that posts holds its own lock first.
+        if error is not None:
+            with contextlib.suppress(OSError):  # a full disk is told where the run is written, in its own thread
+                for tracker in self._waiting():
+                    tracker.save()
+        else:
+            if letter.refusal is not None and "open" not in letter.event:
+                kind = next(iter(letter.event))
+                logger.warning("MLflow refuses %s, it is left out: %s", kind, _first_line(letter.refusal))
+            if self._take(letter):
+                with contextlib.suppress(OSError):  # what stays on disk is sent again, which changes nothing
+                    letter.tracker.delivered(letter)
+        with self._changed:
+            self._attempts += 1
+            self._asked = time.monotonic()
+            if error is not None:
+                self._wait(error)
+            else:
+                self._failures = 0
+                letter.is_done = True
+            self._changed.notify_all()
+
+    def _take(self, letter: _Letter) -> bool:
+        """Remove the first letter; False if it was given up meanwhile."""
+        with self._changed:
+            is_there = bool(self._letters) and self._letters[0] is letter
+            if is_there:
+                self._letters.popleft()
+            return is_there
+
+    def _wait(self, error: Exception) -> None:
+        if self._failures:  # again: perhaps it is this run that the store cannot digest, so others first
+            run = self._letters[0].tracker.run if self._letters else ""
+            self._letters = deque(sorted(self._letters, key=lambda each: each.tracker.run == run))
+        now = time.monotonic()
+        if not self._failures:
+            self._failing_since = now
+        self._failures += 1
+        if self._failures == FAILURES:
+            logger.warning("MLflow does not answer, its records are kept on disk: %s", _first_line(error))
+        self._ask_again = now + min(FIRST_PAUSE * 2 ** min(self._failures - 1, 16), LONGEST_PAUSE)
+
+
+_outboxes: dict[str, _Outbox] = {}  # by the address of the store
+
+
+def _outbox(root: Storage) -> _Outbox:
+    """That of the root's store. Raises ValueError as `connect` does."""
+    uri = tracking_uri(root)
+    client = connect(root)
+    return _outboxes.setdefault(uri, _Outbox(client, _sqlite_file(uri)))
 
 
 class _Sender:
@@ -368,6 +561,7 @@ class _Sender:
     def __init__(self, client: MlflowClient, database: Path | None) -> None:
         self._client, self._database = client, database
         self._known: dict[str, set[int]] = {}  # metric -> steps that are in the store
+        self._is_new = False  # made by this sender: there is nothing in the store that could be sent twice
         self._run_id: str | None = None
 
     @property
@@ -409,6 +603,7 @@ class _Sender:
                 self._client.delete_tag(run.info.run_id, ERROR)
         else:
             run = self._client.create_run(experiment, run_name=opening["name"], tags=opening["tags"])
+            self._is_new = True
         parent = self._find(experiment, opening["parent"]) if opening.get("parent") else None
         above = {PARENT: parent.info.run_id} if parent is not None else {}
         self._describe(run, {**opening, "tags": opening["tags"] | above})
@@ -447,19 +642,22 @@ class _Sender:
 
     def _log_metrics(self, run_id: str, points: Sequence[Sequence[Any]]) -> None:
         """Points [name, value, step, milliseconds]; each (name, step) once, also after a crash or a lost answer."""
-        fresh = []
+        for name in {point[0] for point in points} - self._known.keys():
+            history = [] if self._is_new else self._client.get_metric_history(run_id, name)
+            self._known[name] = {point.step for point in history}
+        fresh: dict[tuple[str, int], Metric] = {}
         for name, value, step, milliseconds in points:
-            if name not in self._known:
-                self._known[name] = {point.step for point in self._client.get_metric_history(run_id, name)}
             if step not in self._known[name]:
-                self._known[name].add(step)
-                fresh.append(Metric(name, value, milliseconds, step))
+                fresh.setdefault((name, step), Metric(name, value, milliseconds, step))
         try:
-            for batch in _batches(fresh, METRICS_IN_BATCH):
+            for batch in _batches(list(fresh.values()), METRICS_IN_BATCH):
                 self._client.log_batch(run_id, metrics=batch)
         except BaseException:
             self._known.clear()  # it may have arrived nevertheless: ask again
+            self._is_new = False
             raise
+        for name, step in fresh:
+            self._known[name].add(step)
 
     def _log_dataset(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
         dataset = Dataset(name, digest, source_type="local", source=json.dumps({"uri": source}))
@@ -514,30 +712,31 @@ class _Spool:
     def __init__(self, shelf: Path) -> None:
         self.directory = shelf / uuid.uuid4().hex
         self.files = self.directory / "files"
+        self._events = 0  # in the file
         self._lock: int | None = None  # file descriptor
-
-    def __str__(self) -> str:
-        return str(self.directory)
 
     def new_file(self, path: str) -> Path:
         """Where an artifact is written before it is sent."""
-        self._claim()
         file = self.files / path
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
-    def save(self, opening: Event, events: Sequence[Event]) -> None:
+    def save(self, events: Sequence[Event]) -> None:
+        """Add events; the first is the run's opening."""
         self._claim()
-        file = self.directory / EVENTS
-        lines = [] if file.exists() or events[0] is opening else [opening]
-        with open(file, "a", encoding="utf8") as stream:
-            stream.writelines(json.dumps(event) + "\n" for event in [*lines, *events])
+        with open(self.directory / EVENTS, "a", encoding="utf8") as stream:
+            stream.writelines(json.dumps(event) + "\n" for event in events)
             stream.flush()
             os.fsync(stream.fileno())
+        self._events += len(events)
 
-    def clear(self) -> None:
-        """Everything has been sent."""
-        (self.directory / EVENTS).unlink(missing_ok=True)
+    def clear(self, opening: Event) -> None:
+        """Everything has been sent; that the run is open stays."""
+        if self._events > 1:
+            file, temporary = self.directory / EVENTS, self.directory / f"{TEMPORARY}{EVENTS}"
+            temporary.write_text(json.dumps(opening) + "\n", encoding="utf8")
+            os.replace(temporary, file)
+            self._events = 1
 
     def release(self) -> None:
         """Leave it to the next process."""
@@ -546,9 +745,8 @@ class _Spool:
             self._lock = None
 
     def remove(self) -> None:
-        if self._lock is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self.release()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.release()
 
     def _claim(self) -> None:
         if self._lock is None:
@@ -559,24 +757,64 @@ class _Spool:
             hidden.rename(self.directory)
 
 
-def _send_orphans(client: MlflowClient, shelf: Path, database: Path | None) -> None:
-    """Send what processes that are gone could not; a run whose end they did not record was killed."""
+class _Orphan:
+    """What a process that is gone could not send; a run whose end it did not record was killed."""
+
+    def __init__(self, directory: Path, lock: int, outbox: _Outbox) -> None:
+        self._directory, self._lock, self._outbox = directory, lock, outbox
+        self._sender = outbox.sender()
+        events = _read_events(directory / EVENTS)
+        self.run = str(events[0]["open"]["fingerprint"]) if events else ""
+        if events and "status" not in events[-1]:
+            events.append({"status": "KILLED"})
+        self._letters = deque(_Letter(self, event) for event in events)
+
+    def post(self) -> None:
+        for letter in list(self._letters):
+            self._outbox.post(letter)
+        if not self._letters:
+            self._remove()
+
+    def deliver(self, event: Event) -> None:
+        if self._sender.run_id is not None or "open" in event:
+            self._sender.send(event, self._directory / "files")
+
+    def save(self) -> None:
+        """It is on disk."""
+
+    def delivered(self, letter: _Letter) -> None:
+        if "open" in letter.event and letter.refusal is not None:
+            logger.warning("MLflow refuses what is left in %s: %s", self._directory, _first_line(letter.refusal))
+        self._letters.popleft()
+        if self._letters:
+            return
+        if self._sender.run_id is not None:
+            self._remove()
+        else:
+            self.give_up()
+
+    def give_up(self) -> bool:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        return True
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self.give_up()
+
+
+def _orphans(shelf: Path, outbox: _Outbox) -> Iterator[_Orphan]:
+    """The folders on the shelf whose process is gone, locked now by this one."""
     for directory in sorted(shelf.glob("[!.]*")):
-        with contextlib.suppress(OSError), open(directory / LOCK, "a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
-            events = _read_events(directory / EVENTS)
-            if events and "status" not in events[-1]:
-                events.append({"status": "KILLED"})
-            sender = _Sender(client, database)
+        with contextlib.suppress(OSError):
+            lock = os.open(directory / LOCK, os.O_RDWR)
             try:
-                for event in events:
-                    sender.send(event, directory / "files")
-            except MlflowException as error:
-                if _may_pass(error):
-                    return
-                logger.warning("MLflow refuses what is left in %s: %s", directory, _first_line(error))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+            except OSError:
+                os.close(lock)
                 continue
-            shutil.rmtree(directory, ignore_errors=True)
+            yield _Orphan(directory, lock, outbox)
 
 
 def _read_events(file: Path) -> list[Event]:
@@ -602,6 +840,8 @@ def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _may_pass(error: Exception) -> bool:
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return False  # a file of ours; asking again would hold up everything behind it
     return isinstance(error, OSError) or getattr(error, "error_code", None) in PASSING
 
 

@@ -174,3 +174,11 @@ def test_help_and_typos_answer_without_heavy_imports(arguments: list[str]) -> No
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_every_trial_starts_imports_no_heavy_package_it_may_not_need() -> None:
+    """Starting processes is most of what a short trial takes: of `mis_platform.trial` and of an evaluator."""
+    needless = {"mlflow", "matplotlib", "timm", "torchvision", "sklearn", "skimage", "torch._dynamo"}
+    code = f"import sys; import mis_platform.trial, mis_platform.stages.evaluate; print({needless} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done.stderr

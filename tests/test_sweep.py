@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 from mis_platform import cli, sweep, trial
 from mis_platform.config import Resources, Run
 from mis_platform.data import synthetic
+from mis_platform.evaluation.noc import keep_last
 from mis_platform.storage import Storage
 
 TINY = """
@@ -66,6 +68,10 @@ def test_identity_of_a_sweep(experiments: Path, tmp_path: Path) -> None:
     assert first.fingerprint != prepare(tmp_path, assignments=["train.max_steps=4", "eval.max_clicks=2"]).fingerprint
     assert first.fingerprint == prepare(tmp_path, resources=Resources(checkpoint_every=7)).fingerprint
     assert [task.name for task in prepare(tmp_path, seeds=2, only=["twin"]).tasks] == ["twin", "twin seed 1"]
+    part = prepare(tmp_path, seeds=2, only=["twin"])
+    assert first.fingerprint != part.fingerprint, "another report"
+    assert first.parent == part.parent, "but the same run above the rows in MLflow"
+    assert first.parent != prepare(tmp_path, assignments=["train.max_steps=4", "eval.max_clicks=2"]).parent
     assert "2 training(s), about 12 images" in first.work(), "good and twin share one"
 
 
@@ -103,8 +109,10 @@ def test_other_photos_are_another_sweep(experiments: Path, tmp_path: Path) -> No
     for seed in (0, 1):
         synthetic.write_photos(tmp_path / f"data{seed}" / "photos", 2, seed)
         words = [*SHORT, "dataset=photos"]
-        prints.append(prepare(tmp_path, assignments=words, data_root=tmp_path / f"data{seed}").fingerprint)
-    assert prints[0] != prints[1]
+        other = prepare(tmp_path, assignments=words, data_root=tmp_path / f"data{seed}")
+        prints.append((other.fingerprint, other.parent))
+    assert prints[0][0] != prints[1][0]
+    assert prints[0][1] != prints[1][1]
 
 
 def test_weights_are_found_from_a_trials_own_directory(
@@ -236,6 +244,41 @@ def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_clu
     shutil.rmtree(tmp_path / "clicks")  # trained, but no longer scored: now it is the evaluation that is slow
     comparison = sweep.run_sweep(prepare(tmp_path, only=["good"], resources=Resources(trial_silence=0.5)))
     assert "the evaluation gave no sign of life for 0.5 seconds" in comparison.lines[0].reason
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_seeds_give_a_deviation_and_paired_intervals(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+    """Four real trainings: two rows, two seeds."""
+    (experiments / "tiny.py").write_text(
+        TINY.replace('"diverges"', '"other"').replace('"train.learning_rate": 1e30', '"sampling.alpha": 0.0')
+    )
+    settings = ["train.max_steps=3", "eval.max_clicks=5"]  # five, for an IoU that is not at its limit
+    prepared = prepare(tmp_path, only=["good", "other"], seeds=2, assignments=settings)
+    comparison = sweep.run_sweep(prepared)
+    assert [(line.name, line.state, line.reason) for line in comparison.lines] == [
+        ("good", "done", ""),
+        ("other", "done", ""),
+    ]
+    assert len(list((tmp_path / "checkpoint").glob("*/manifest.json"))) == 4
+    cells = {(cell.row, cell.metric): cell for cell in comparison.cells}
+    found = {(each.row.name, each.seed): each.ious["synthetic"] for each in sweep.outcomes(prepared)}
+    for row in ("good", "other"):
+        cell = cells[row, "iou5"]
+        means = [float(keep_last(found[row, seed])[:, 4].mean(dtype=np.float64)) for seed in (0, 1)]
+        assert cell.seeds == 2
+        assert (cell.mean, cell.std) == pytest.approx((np.mean(means), np.std(means, ddof=1)))
+        assert cell.std > 0, "another seed is another training"
+    change = cells["other", "iou5"].change
+    assert change is not None
+    assert change.mean == pytest.approx(cells["other", "iou5"].mean - cells["good", "iou5"].mean)
+    assert change.low < change.mean < change.high
+    text = (Path(str(prepared.directory.local)) / "report.txt").read_text()
+    assert f"{cells['good', 'iou5'].mean:.3f} +- {cells['good', 'iou5'].std:.3f}" in text
+    assert f"[{change.low:+.3f}, {change.high:+.3f}]" in text
+    parents = rows_of(tmp_path / "mlflow.db", "select count(*) from tags where key = 'mlflow.parentRunId'")
+    assert parents == [(4,)]
 
 
 # -- kill -9 of everything, five times -------------------------------------------------------------------------------

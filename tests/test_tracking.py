@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -214,46 +215,46 @@ def test_metrics_arrive_while_the_run_lasts(root: Storage, monkeypatch: pytest.M
     monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.0)
     with tracking.open_run(root, **ABOUT) as tracker:
         tracker.log_metrics({"loss": float("nan")}, step=3)
+        for _ in range(200):
+            if points(root, "loss"):
+                break
+            time.sleep(0.05)
         ((step, value),) = points(root, "loss")
         assert step == 3
         assert np.isnan(value)
 
 
-def test_four_processes_meet_at_a_new_root(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [4, pytest.param(32, marks=pytest.mark.slow)])
+def test_many_processes_meet_at_a_new_root(tmp_path: Path, count: int) -> None:
+    """Drivers start at once on a root without a store. They are forked, so that they do start at once."""
     script = f"""
-import sys, time
+import os, sys
 from mis_platform import tracking
 from mis_platform.storage import Storage
-print("ready", flush=True)
-sys.stdin.readline()
-about = {ABOUT!r}
-with tracking.open_run(Storage({str(tmp_path)!r}), **about) as shared:
-    pass
-about["fingerprint"] = sys.argv[1]
-with tracking.open_run(Storage({str(tmp_path)!r}), **about) as own:
-    own.log_metrics({{"loss": 1.0}}, 1)
-print(shared.run_id, own.run_id)
+about, start, tracking.OPENING_SECONDS = {ABOUT!r}, os.pipe(), 200.0  # the last one waits for all others
+for number in range({count}):
+    if os.fork() == 0:
+        os.close(start[1])
+        os.read(start[0], 1)  # until the parent closes its end
+        with tracking.open_run(Storage({str(tmp_path)!r}), **about) as shared:
+            shared_id = shared.run_id
+        with tracking.open_run(Storage({str(tmp_path)!r}), **about | {{"fingerprint": f"own-{{number}}"}}) as own:
+            own.log_metrics({{"loss": float(number)}}, 1)
+        os.write(1, f"{{shared_id}} {{own.run_id}}\\n".encode())
+        os._exit(0)
+os.close(start[1])
+failed = sum(os.wait()[1] != 0 for _ in range({count}))
+sys.exit(failed)
 """
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", script, f"own-{number}"], text=True, **pipes) for number in range(4)
-    ]
-    for worker in workers:
-        assert worker.stdout.readline() == "ready\n"
-    answers = []
-    for worker in workers:
-        worker.stdin.write("\n")
-        worker.stdin.flush()
-    for worker in workers:
-        out, noise = worker.communicate(timeout=90)
-        assert worker.returncode == 0, noise
-        assert noise == ""
-        answers.append(out.split())
+    done = subprocess.run([sys.executable, "-c", script], timeout=250, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    answers = [line.split() for line in done.stdout.splitlines()]
     assert len({shared for shared, _ in answers}) == 1
-    assert len({own for _, own in answers}) == 4
+    assert len({own for _, own in answers}) == count
     client = tracking.connect(Storage(str(tmp_path)))
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
-    assert sorted(run.info.status for run in runs) == ["FINISHED"] * 5
+    assert [run.info.status for run in runs] == ["FINISHED"] * (count + 1)
+    assert sorted(run.data.metrics["loss"] for run in runs if run.data.metrics) == [float(k) for k in range(count)]
 
 
 def test_a_killed_initialisation_leaves_no_half_store(tmp_path: Path) -> None:
@@ -278,7 +279,9 @@ def free_port() -> int:
 def test_a_server_that_is_down_costs_nothing_and_loses_nothing(
     root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "FAILING_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "FAILURES", 3)
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2hunter2@127.0.0.1:{free_port()}")
         with tracking.open_run(root, **ABOUT) as tracker:
@@ -312,7 +315,6 @@ import os, signal
 from mis_platform import tracking
 from mis_platform.storage import Storage
 os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{free_port()}"
-os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
 tracker = tracking.open_run(Storage({root.uri!r}), **{ABOUT!r})
 tracker.log_metrics({{"loss": 0.5}}, 1)
 tracker.flush()
@@ -326,6 +328,58 @@ os.kill(os.getpid(), signal.SIGKILL)
     (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
     assert run.info.status == "KILLED"
     assert run.data.metrics == {"loss": 0.5}
+
+
+def test_a_run_whose_process_died_is_ended_by_the_next_one(root: Storage) -> None:
+    """The store was there all the time; nobody has to resume the run for it to stop being RUNNING."""
+    script = f"""
+import os, signal
+from mis_platform import tracking
+from mis_platform.storage import Storage
+tracker = tracking.open_run(Storage({root.uri!r}), **{ABOUT!r})
+tracker.log_metrics({{"loss": 0.5}}, 1)
+tracker.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
+    assert the_run(root).info.status == "RUNNING"
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}) as other:
+        pass
+    client = tracking.connect(root)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert {run.info.run_id == other.run_id: run.info.status for run in runs} == {True: "FINISHED", False: "KILLED"}
+    (dead,) = (run for run in runs if run.info.run_id != other.run_id)
+    assert (dead.data.metrics, dead.data.tags["mis.attempt"]) == ({"loss": 0.5}, "1")
+
+
+def test_a_server_that_hangs_holds_up_no_step(root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and never answers, as behind a broken balancer: the dearest way to be away."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(tracking, "OPENING_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "FAILING_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker = tracking.open_run(root, **ABOUT)
+        seconds = []
+        for step in range(1000):
+            began = time.perf_counter()
+            tracker.log_metrics({f"train/{k}": float(step) for k in range(10)}, step)
+            seconds.append(time.perf_counter() - began)
+        assert sum(seconds) / len(seconds) < 0.01, "1 % of a step of a second"
+        began = time.monotonic()
+        tracker.close()
+        assert time.monotonic() - began < 10
+    (spool,) = tmp_path.glob("mlflow-spool/*")
+    assert (spool / "events.jsonl").stat().st_size < 2_000_000, "ten thousand points"
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+        pass
+    client = tracking.connect(root)
+    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
+    for k in (0, 9):
+        history = client.get_metric_history(run.info.run_id, f"train/{k}")
+        assert sorted((point.step, point.value) for point in history) == [(step, float(step)) for step in range(1000)]
 
 
 def test_the_spool_of_a_living_process_is_left_alone(root: Storage, tmp_path: Path) -> None:
@@ -368,8 +422,9 @@ def test_an_overloaded_server_is_not_asked_at_every_step(
     root: Storage, refusing_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", refusing_server)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.0)
+    monkeypatch.setattr(tracking, "FAILING_SECONDS", 0.0)
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 30.0)
     Flaky.requests = 0
     with tracking.open_run(root, **ABOUT) as tracker:
         asked = Flaky.requests
@@ -395,13 +450,79 @@ class Forgetful(MlflowClient):
 def test_a_lost_answer_does_not_double_points(root: Storage, tmp_path: Path) -> None:
     client = Forgetful(tracking.tracking_uri(root))
     opening = {**ABOUT, "tags": {"mis.fingerprint": ABOUT["fingerprint"]}, "opened": 1}
-    tracker = tracking.Tracker(tracking._Sender(client, None), tracking._Spool(tmp_path / "spool"), opening)
+    tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool"), opening)
     tracker.start()
     tracker.log_curve("loss", [3.0, 2.0, 1.0])
     tracker.flush()
     tracker.close()
     assert client.lost
     assert points(root, "loss") == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+class Stumbling(MlflowClient):
+    """A store that fails once when it is asked for the history of the second of two metrics."""
+
+    stumbled = False
+
+    def get_metric_history(self, run_id: str, key: str, *arguments: Any) -> Any:
+        if key == "rate" and not self.stumbled:
+            self.stumbled = True
+            raise ConnectionResetError("no answer")
+        return super().get_metric_history(run_id, key, *arguments)
+
+
+def test_a_failure_between_two_metrics_loses_neither(root: Storage, tmp_path: Path) -> None:
+    client = Stumbling(tracking.tracking_uri(root))
+    opening = {**ABOUT, "params": {}, "tags": {"mis.fingerprint": ABOUT["fingerprint"]}, "opened": 1}
+    for _ in range(2):  # a run that is new has no history to ask for
+        tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool"), opening)
+        tracker.start()
+        tracker.log_metrics({"loss": 1.0, "rate": 0.5}, 3)
+        tracker.close()
+    assert client.stumbled
+    assert points(root, "loss") == [(3, 1.0)]
+    assert points(root, "rate") == [(3, 0.5)]
+
+
+class Choking(MlflowClient):
+    """A store that cannot digest the metrics of one run."""
+
+    run = ""
+
+    def log_batch(self, run_id: str, *arguments: Any, **keywords: Any) -> Any:
+        if run_id == self.run and keywords.get("metrics"):
+            raise ConnectionResetError("no answer")
+        return super().log_batch(run_id, *arguments, **keywords)
+
+
+def test_one_run_that_the_store_cannot_digest_holds_up_no_other(
+    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.001)
+    client = Choking(tracking.tracking_uri(root))
+    outbox = tracking._Outbox(client, None)
+
+    def opened(fingerprint: str) -> tracking.Tracker:
+        opening = {**ABOUT, "fingerprint": fingerprint, "tags": {"mis.fingerprint": fingerprint}, "opened": 1}
+        tracker = tracking.Tracker(outbox, tracking._Spool(tmp_path / "spool"), opening)
+        tracker.start()
+        return tracker
+
+    bad, good = opened("bad"), opened("good")
+    client.run = str(bad.run_id)
+    bad.log_metrics({"loss": 1.0}, 1)
+    bad.close(wait=False)
+    good.log_metrics({"loss": 1.0}, 1)
+    good.close()
+    assert client.get_run(str(good.run_id)).info.status == "FINISHED"
+    assert client.get_run(str(bad.run_id)).info.status == "RUNNING"
+    client.run = ""  # the store is mended
+    for _ in range(200):
+        if client.get_run(str(bad.run_id)).info.status == "FINISHED":
+            break
+        time.sleep(0.05)
+    assert client.get_run(str(bad.run_id)).info.status == "FINISHED"
+    assert client.get_run(str(bad.run_id)).data.metrics == {"loss": 1.0}
 
 
 def test_what_the_store_refuses_for_good_is_left_out(root: Storage, caplog: pytest.LogCaptureFixture) -> None:

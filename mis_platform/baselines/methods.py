@@ -1,8 +1,5 @@
 """The classical methods of Table 1 by the name that `method` gives them."""
 
-from mis_platform.baselines.geodesic import Geodesic
-from mis_platform.baselines.graph_cut import GraphCut
-from mis_platform.baselines.random_walk import RandomWalk
 from mis_platform.config import CLASSICAL_METHODS, ClassicalConfig
 from mis_platform.evaluation.click_model import ClickModel
 
@@ -10,16 +7,21 @@ METHODS_VERSION = 1  # raised when one of them answers differently
 
 
 def build_method(name: str, config: ClassicalConfig) -> ClickModel:
-    """One of CLASSICAL_METHODS, ready for `set_image`."""
-    match name:
-        case "graphcut":
-            return GraphCut(config)
-        case "gsc":
-            return GraphCut(config, star="geodesic")
-        case "esc":
-            return GraphCut(config, star="euclidean")
-        case "random_walk":
-            return RandomWalk(config)
-        case "geodesic":
-            return Geodesic(config)
+    """One of CLASSICAL_METHODS, ready for `set_image`.
+
+    They are imported here, because every process that scores a trained model imports this module, and no solver.
+    """
+    stars = {"graphcut": None, "gsc": "geodesic", "esc": "euclidean"}
+    if name in stars:
+        from mis_platform.baselines.graph_cut import GraphCut
+
+        return GraphCut(config, star=stars[name])
+    if name == "random_walk":
+        from mis_platform.baselines.random_walk import RandomWalk
+
+        return RandomWalk(config)
+    if name == "geodesic":
+        from mis_platform.baselines.geodesic import Geodesic
+
+        return Geodesic(config)
     raise ValueError(f"unknown method {name!r}; there are: {', '.join(CLASSICAL_METHODS)}")

@@ -4,10 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from mis_platform.baselines.deep_spectral import deep_spectral
-from mis_platform.baselines.free_mask import free_mask
-from mis_platform.baselines.spectrum import MAX_NODES
-from mis_platform.baselines.token_cut import token_cut
 from mis_platform.config import SourcesConfig, plain
 from mis_platform.data.proposals import Proposals
 
@@ -24,8 +20,13 @@ def propose(
     rng: only dsm draws, the starts of its k-means.
 
     Raises ValueError for another source, features that are not finite, or more than 8192 patches (the methods compare
-    every patch with every other).
+    every patch with every other). The methods are imported here: a training asks this module for settings only.
     """
+    from mis_platform.baselines.deep_spectral import deep_spectral
+    from mis_platform.baselines.free_mask import free_mask
+    from mis_platform.baselines.spectrum import MAX_NODES
+    from mis_platform.baselines.token_cut import token_cut
+
     _check_source(source)
     assert image.dtype == np.uint8, image.dtype
     assert image.ndim == features.ndim == 3, (image.shape, features.shape)

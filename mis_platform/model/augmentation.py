@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 JITTER_PROBABILITY = 0.3
 BRIGHTNESS = CONTRAST = SATURATION = 0.8  # factors are uniform in [1 - x, 1 + x]
@@ -34,6 +33,9 @@ def augment_colors(images_B3HW: Tensor, rngs: Sequence[np.random.Generator]) -> 
 
 
 def _augment(image_3HW: Tensor, rng: np.random.Generator) -> Tensor:
+    # Here, because it takes a second to import, and processes that only describe or start a training do so at the top.
+    from torchvision.transforms.v2 import functional as transforms
+
     jitter, gray, blur = rng.random(3) < (JITTER_PROBABILITY, GRAY_PROBABILITY, BLUR_PROBABILITY)
     if jitter:
         image_3HW = _jitter(image_3HW, rng)
@@ -46,6 +48,8 @@ def _augment(image_3HW: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _jitter(image_3HW: Tensor, rng: np.random.Generator) -> Tensor:
+    from torchvision.transforms.v2 import functional as transforms
+
     adjustments = (
         (transforms.adjust_brightness, rng.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS)),
         (transforms.adjust_contrast, rng.uniform(1 - CONTRAST, 1 + CONTRAST)),

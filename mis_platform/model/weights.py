@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safetensors.torch
 import torch
@@ -20,9 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mis_platform.config import EvalConfig, build, plain
-from mis_platform.model import hub, ritm
-from mis_platform.model.ritm import Ritm
+from mis_platform.model import hub
 from mis_platform.model.simpleclick import VARIANTS, SimpleClick, interpolate_position, resize_position_embedding
+
+if TYPE_CHECKING:
+    from mis_platform.model.ritm import Ritm
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -39,12 +41,12 @@ NOT_IN_MAE = ("fc_norm.", "head.")  # of the backbone; unused in SimpleClick
 _SCAN_BYTES = 2**24  # of a pickle: far more than the structure of any checkpoint
 
 # family -> names of its variants; a configuration without a family is older than the second one
-FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": tuple(ritm.VARIANTS)}
+FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": ("hrnet18s", "hrnet18", "hrnet32", "hrnet18_baseline")}
 REFINEMENTS = {"fbrs": "ritm"}  # -> the family it is for
 ZOOM_SIZES = ("zoom_size", "davis_zoom_size")  # settings whose range depends on the family
 
 Shapes = dict[str, tuple[int, ...]]
-Model = SimpleClick | Ritm
+Model: TypeAlias = "SimpleClick | Ritm"
 
 
 # -- saved models ----------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def save_model(directory: str | Path, model: Model, config: Mapping[str, Any]) -
     directory.mkdir(parents=True, exist_ok=True)
     height, width = model.image_size
     described = {**config, "variant": model.variant, "image_size": height if height == width else [height, width]}
-    if isinstance(model, Ritm):
+    if not isinstance(model, SimpleClick):
         described["family"] = "ritm"
     text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -103,7 +105,11 @@ def load_model(directory: str | Path) -> Any:
 def empty_model(family: str, variant: str, image_size: int | Sequence[int]) -> Model:
     """A model on torch's meta device: neither time nor random numbers for weights that are assigned at once."""
     with torch.device("meta"):
-        return Ritm(variant, image_size) if family == "ritm" else SimpleClick(variant, image_size)
+        if family != "ritm":
+            return SimpleClick(variant, image_size)
+        from mis_platform.model.ritm import Ritm  # with timm: seconds of every process that trains or scores
+
+        return Ritm(variant, image_size)
 
 
 def set_zoom_size(model: Model, zoom_size: int) -> None:

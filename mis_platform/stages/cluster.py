@@ -34,6 +34,9 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray otherwise ends a process that idles for a second; the loading tasks of a training then import all over again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(60_000))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to nobody, and saves a process that collects them
+    # Seconds between the looks of Ray Train's controller at its workers; at 2, its default, short trainings end late.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on

@@ -360,7 +360,8 @@ def _explained(error: ray.train.TrainingFailedError, job: Job) -> Exception:
     """Ray's report of failed workers as one line; StorageError when a worker could not read or write."""
     causes = list(getattr(error, "worker_failures", {}).values())
     of_storage = [cause for cause in causes if isinstance(cause, OSError)]
-    cause = str((of_storage or causes or [error])[0]).strip().splitlines()[0]
+    first = (of_storage or causes or [error])[0]
+    cause = (str(first).strip() or type(first).__name__).splitlines()[0]  # a MemoryError says nothing
     message = (
         f"training failed {job.resources.max_failures + 1} time(s), the last time with: {cause}; "
         f"the same command resumes at step {max(complete_steps(job.out), default=0)}"
