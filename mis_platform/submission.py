@@ -446,5 +446,7 @@ def _cause(error: BaseException) -> str:
     """The innermost reason of a failed request, in few words: requests repeats itself at length."""
     if isinstance(error, requests.exceptions.Timeout):
         return "it does not answer in time"
-    words = re.findall(r"\[Errno -?\d+\] ([^'\")\]]+)", str(error))
+    words = re.findall(
+        r"\[Errno -?\d+\] ([^'\")\]]+)", f"{error.__context__} {error}"
+    )  # Ray's client hides it in its own
     return words[-1].strip().lower() if words else type(error).__name__
