@@ -305,7 +305,8 @@ def submit(
     packing.collect()  # what must not travel is told before Ray is imported and anybody is asked
     from mis_platform import submission
 
-    for note in submission.check_words(words):
+    places = [os.environ[name] for name in submission.HANDED_ON if os.environ.get(name)]
+    for note in submission.check_words([*words, *places]):
         typer.echo(f"note: {note}", err=True)
     cluster = submission.Cluster(address)
     name = cluster.submit(words, env or [], again)

@@ -401,12 +401,14 @@ def _mlflow(root: Storage) -> Findings:
         tracking.probe(root)
         yield Finding(OK, f"MLflow: {uri}, written")
         return
-    api = uri.rstrip("/") + "/api/2.0/mlflow/experiments/search?max_results=1"
+    url = urlsplit(uri)
+    server = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}"  # without a login
+    api = f"{server}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
         status = _status(api)
     except OSError as error:
         fix = "start the server (cluster/compose.yaml has one), or unset MLFLOW_TRACKING_URI to use a file in the root"
-        yield Finding(FAIL, f"MLflow: nobody answers at {uri}: {_line(error)}", fix, LOST)
+        yield Finding(FAIL, f"MLflow: nobody answers at {server}: {_line(error)}", fix, LOST)
         return
     if status in {401, 403}:
         for password in DEFAULT_PASSWORDS:
@@ -414,7 +416,7 @@ def _mlflow(root: Storage) -> Findings:
                 fix = "change it now: whoever reaches the server owns it, and may run code on it"
                 yield Finding(FAIL, f"MLflow: {uri} ACCEPTS THE DEFAULT PASSWORD of its user admin", fix)
                 break
-    elif not access.is_loopback(urlsplit(uri).hostname or ""):
+    elif not access.is_loopback(url.hostname or ""):
         yield Finding(WARN, f"MLflow: {uri} asks nobody for a password", "start it with --app-name basic-auth")
     tracking.probe(root)
     yield Finding(OK, f"MLflow: {uri}, written")

@@ -44,11 +44,16 @@ HEARTBEAT = 20.0  # seconds: a connection that is silently gone is noticed
 WORDS, IDENTITY = "mis.words", "mis.identity"
 OURS = {0, 1, 2, 3, 4, 5, 6, 75, 130}  # exit codes of our own command; 1 is a fault of ours, with a traceback
 LOST, STOPPED = 6, 130
-PATH_OPTIONS = {"--root", "--data-root", "--model", "--out"}
+ROOTS = {"--root", "--data-root"}
+PATH_OPTIONS = ROOTS | {"--model", "--out"}
 # Asked on the cluster, which may have a MIS_ROOT of its own; a job's folder goes away with its node.
 _NO_ROOT = "Error: no --root s3://... and no MIS_ROOT, neither here nor on the cluster"
 _ROOT_GUARD = f'[ -n "$MIS_ROOT" ] || {{ echo "{_NO_ROOT}"; exit 2; }}; '
 ROOTLESS = {"list", "data", "import", "cluster"}  # commands that touch no artifacts
+
+
+class UnknownJob(ValueError):
+    """The cluster has no job of that id."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Cluster:
         return sorted(ours, key=lambda job: job.start or 0.0)
 
     def job(self, name: str) -> Job:
-        """Raises ValueError that names the nearest id when there is no such job."""
+        """Raises UnknownJob, which names the nearest id, when there is no such job."""
         if re.fullmatch(r"[\w.-]+", name):
             with self._explained():
                 try:
@@ -140,7 +145,7 @@ class Cluster:
         known = [job.id for job in self.jobs()]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known[-5:]) or 'none'}"
-        raise ValueError(f"no job is called {name!r}{hint}")
+        raise UnknownJob(f"no job is called {name!r}{hint}")
 
     def logs(self, name: str) -> str:
         """All that the job has said so far."""
@@ -264,8 +269,6 @@ class _Follower:
                 await self._read()
             job = await self._state()
             if job is not None and job.is_over:
-                # The connection may have broken just before the end; what is missing is short.
-                self._take((await asyncio.to_thread(self._cluster.logs, self._name))[self._said :])
                 if self._line:
                     self._say(self._line)
                 return job
@@ -290,6 +293,8 @@ class _Follower:
         """The job, or None while the cluster is away."""
         try:
             job = await asyncio.to_thread(self._cluster.job, self._name)
+            if job.is_over:  # the connection may have broken just before the end
+                self._take((await asyncio.to_thread(self._cluster.logs, self._name))[self._said :])
         except ConnectionError as error:
             now = time.monotonic()
             if self._away_since is None:
@@ -298,9 +303,7 @@ class _Follower:
             if now - self._away_since > self._patience:
                 raise ConnectionError(f"{error} Gave up following {self._name}") from None
             return None
-        except ValueError as error:
-            if "no job is called" not in str(error):
-                raise
+        except UnknownJob:
             raise ConnectionError(f"the cluster no longer knows the job {self._name}: it was started anew") from None
         if self._away_since is not None:
             self._note("connected again")
@@ -364,23 +367,32 @@ def check_words(words: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"{access.without_password(word)} holds a password or key: the cluster keeps a job's words readable"
             )
-        option, _, value = word.partition("=")
-        is_path = before in PATH_OPTIONS or option in PATH_OPTIONS
-        for part in {word, value, word.partition(":")[2], value.partition(":")[2]} - {""}:
-            if "://" in word:
-                continue
-            here = Path(part).expanduser()
-            looks_like_path = is_path or "/" in part or part != word or here.is_file()
-            if not looks_like_path or part.startswith("-"):
-                continue
+        for path in _paths(before, word):
+            here = Path(path).expanduser()
             if here.is_absolute() and _exists(here):
-                notes.append(f"{part} does not travel: every node of the cluster must see it under that path")
-            elif not here.is_absolute() and (_exists(here) or before in {"--root", "--data-root"}):
+                notes.append(f"{path} does not travel: every node of the cluster must see it under that path")
+            elif not here.is_absolute() and (_exists(here) or ROOTS & {before, word.partition("=")[0]}):
                 raise ValueError(
-                    f"{part} is a path of this folder, and files do not travel with a job: give an absolute path that "
+                    f"{path} is a path of this folder, and files do not travel with a job: give an absolute path that "
                     "every node of the cluster sees, or s3://..."
                 )
     return sorted(set(notes))
+
+
+def _paths(before: str, word: str) -> list[str]:
+    """What in `word` is meant as a path of this machine; a name such as grabcut is none, folder or not. before: the
+    word in front of it."""
+    option, _, value = word.partition("=")
+    if "://" in word or (word.startswith("-") and not value):
+        return []
+    text = value if word.startswith("--") else word
+    if before in PATH_OPTIONS or option in PATH_OPTIONS:
+        return [text]
+    name, _, given = text.partition("=") if "=" in text else ("", "", text)
+    _, colon, path = given.partition(":")
+    candidate = path if colon else given
+    is_path = colon or name.endswith("weights") or "/" in candidate or ("." in candidate and _exists(Path(candidate)))
+    return [candidate] if candidate and is_path and not candidate.startswith("-") else []
 
 
 def _check_place(name: str, value: str, address: str) -> None:

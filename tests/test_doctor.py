@@ -162,12 +162,12 @@ def test_no_secret_is_shown(tmp_path, offline, monkeypatch):
     canary = "canary-8d1f4c"
     for name in ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, canary)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{canary}@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:another-{canary[:6]}@127.0.0.1:9")
     roots = [str(tmp_path), f"s3://key:{canary}@bucket/p?endpoint_override=127.0.0.1:9&scheme=http&connect_timeout=1"]
     for root in roots:
         found = list(doctor.examine(Storage(root), None, Resources(), "ablation_alpha", "small"))
         assert any(each.state == FAIL for each in found)
-        assert canary not in "\n".join(map(str, found))
+        assert canary[:6] not in "\n".join(map(str, found))
 
 
 def test_weights_that_are_given_are_looked_at(tmp_path):

@@ -40,10 +40,12 @@ def bare(tmp_path, monkeypatch):
         ["eval", "--dataset", "grabcut", "--model", "latest"],
         ["train", "--set", "train.epochs=1", "--set", "features.weights=/nowhere/on/this/machine.pth"],
         ["precompute", "--dataset", "folder:/nowhere/photos", "--root", "/nowhere/root"],
+        ["run", "sweep", "x", "--only", "alpha=0.5", "--set", "dataset=grabcut", "--set", "train.decay_epochs=[1, 2]"],
     ],
 )
 def test_words_that_can_travel(words, bare):
-    (bare / "grabcut").mkdir()  # a name is not taken for the folder that happens to be called so
+    for name in ("grabcut", "train", "run"):  # not taken for the folders that happen to be called so
+        (bare / name).mkdir()
     assert submission.check_words(words) == []
 
 
@@ -57,7 +59,9 @@ def test_words_that_can_travel(words, bare):
         ["eval", "--model", "photos"],
         ["import", "w.pth", "--out", "/nowhere/out"],
         ["train", "--root", "not-there-yet"],
-        ["train", "--root=photos"],
+        ["train", "--root=not-there-yet"],
+        ["train", "--set=model.init_weights=photos"],
+        ["train", "--set", "model.init_weights=photos"],
     ],
 )
 def test_files_of_this_folder_do_not_travel(words, bare):
@@ -199,7 +203,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "__init__.py").touch()
     (package / "cli.py").write_text(
         "import signal, sys, time\n"
-        "def stop(*_):\n    print('committed', flush=True)\n    sys.exit(75)\n"
+        "def stop(*_):\n    time.sleep(4)\n    print('committed', flush=True)\n    sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "for number in range(int(sys.argv[1])):\n"
         "    sys.stdout.write(f'line {number} \\u00e4\\u00f6')\n    sys.stdout.flush()\n"
@@ -355,11 +359,11 @@ def test_twins_are_refused_ctrl_c_detaches_and_stop_lets_it_commit(address, chat
     assert "run the same command again" not in told
     assert "Traceback" not in told
     assert not cluster.job(name).is_over
-    stopped = cluster.stop(name)
+    stopped = cluster.stop(name)  # it takes longer over it than the three seconds that Ray leaves by itself
     assert (stopped.state, stopped.exit_code) == ("STOPPED", 130)
     assert "committed" in cluster.logs(name)
     assert cluster.submit(words, experiments=nothing, package=chatty) != name  # it no longer runs
-    cluster.stop(cluster.jobs()[-1].id)
+    threading.Thread(target=cluster.stop, args=(cluster.jobs()[-1].id,), daemon=True).start()
 
 
 @pytest.mark.ray
