@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -176,7 +177,10 @@ def versions() -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of this source tree, with "+changes" if it was edited; None when it is installed without git."""
+    """The commit of this source tree, with "+changes" if it was edited.
+
+    Sources that came without their history: MIS_GIT_COMMIT, which `mis submit` sets; None for an installed package.
+    """
     source = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -185,7 +189,7 @@ def git_commit() -> str | None:
 
     try:
         if not git("ls-files", "--error-unmatch", str(source / "artifacts.py")):
-            return None
+            return os.environ.get("MIS_GIT_COMMIT")
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(source)) else "")
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return os.environ.get("MIS_GIT_COMMIT")

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from mis_platform.config import Resources, Run
     from mis_platform.storage import Storage
+    from mis_platform.submission import Cluster
     from mis_platform.sweep import Sweep
 
+HERE_ONLY = {"submit", "status", "logs", "stop", "ui", "quickstart", "show"}  # commands that no job runs
 USAGE, DATA, FAILURES, MISMATCH, LOST, PREEMPTED, INTERRUPTED = 2, 3, 4, 5, 6, 75, 130
 
 
@@ -58,6 +61,10 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what is don
 ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the experiment: paper, small or smoke.")]
 OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Only this row; repeat for more.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, max=100, help="Trainings of each row, with other seeds.")]
+DASHBOARD = "http://127.0.0.1:8265"
+AddressOption = Annotated[
+    str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the cluster's head.")
+]
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
 ]
@@ -280,6 +287,110 @@ def ui(
     os.execvp(command[0], command)
 
 
+@app.command()
+def submit(
+    words: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="e.g. -- run sweep ablation_alpha")],
+    address: AddressOption = DASHBOARD,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log and return its exit code.")] = True,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME", help="Hand this variable on, e.g. HF_TOKEN; the cluster keeps it."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Even if the same command is running already.")] = False,
+) -> None:
+    """Run a command on a cluster through the Ray Jobs API, and return its exit code. Ctrl-C detaches; the job goes on.
+
+    What travels is this package, the experiments, MIS_ROOT, MIS_DATA and MLFLOW_TRACKING_URI. Photos, weights and
+    artifacts are read where the cluster sees them.
+    """
+    _check_command(words)
+    from mis_platform import packing
+
+    packing.collect()  # what must not travel is told before Ray is imported and anybody is asked
+    from mis_platform import submission
+
+    places = [os.environ[name] for name in submission.HANDED_ON if os.environ.get(name)]
+    for note in submission.check_words([*words, *places]):
+        typer.echo(f"note: {note}", err=True)
+    cluster = submission.Cluster(address)
+    name = cluster.submit(words, env or [], again)
+    typer.echo(f"job {name}", err=True)
+    if not wait:
+        typer.echo(name)
+        return
+    _follow(cluster, name)
+
+
+@app.command()
+def status(
+    job: Annotated[str | None, typer.Argument(help="One job; without it, all of them.")] = None,
+    address: AddressOption = DASHBOARD,
+) -> None:
+    """The jobs of a cluster that `mis submit` sent: state, exit code, start, duration, command."""
+    from mis_platform import submission
+
+    cluster = submission.Cluster(address)
+    jobs = cluster.jobs() if job is None else [cluster.job(job)]
+    typer.echo(submission.table(jobs))
+    if job is not None and jobs[0].is_over:
+        typer.echo(jobs[0].ending())
+
+
+@app.command()
+def logs(
+    job: Annotated[str, typer.Argument(help="A job, see `mis status`.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it is over; return its exit code.")] = False,
+    address: AddressOption = DASHBOARD,
+) -> None:
+    """What a job has said."""
+    from mis_platform import submission
+
+    cluster = submission.Cluster(address)
+    if follow:
+        _follow(cluster, job)
+    else:
+        typer.echo(cluster.logs(job), nl=False)
+
+
+@app.command()
+def stop(
+    job: Annotated[str, typer.Argument(help="A job, see `mis status`.")], address: AddressOption = DASHBOARD
+) -> None:
+    """Stop a job: it has half a minute to commit a checkpoint, and the same command goes on from there."""
+    from mis_platform import submission
+
+    stopped = submission.Cluster(address).stop(job)
+    if not stopped.is_over:
+        raise ConnectionError(f"{job} was asked to stop and has not; see `mis status {job}`")
+    typer.echo(stopped.ending())
+
+
+@app.command()
+def doctor(
+    name: Annotated[str | None, typer.Argument(help="An experiment that is to run, see `mis list`.")] = None,
+    profile: ProfileOption = "paper",
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Is everything here that a run needs? Each line says what was looked at, and how to mend what is wrong."""
+    from mis_platform.config import Resources, override, split_resources
+    from mis_platform.experiment import load_experiment
+
+    deciding, wide = split_resources(assignments or [])
+    resources = override(Resources(), wide)
+    if name is not None:
+        load_experiment(name).with_profile(profile).with_settings(deciding)
+    from mis_platform import doctor
+
+    worst = 0
+    for finding in doctor.examine(_root(root), data_root, resources, name, profile, deciding):
+        typer.echo(str(finding))
+        worst = max(worst, finding.exit_code)
+    if worst:
+        raise typer.Exit(worst)
+
+
 @data_app.command(name="list")
 def data_list(data_root: DataRootOption = None) -> None:
     """Which datasets are known, and which are under --data-root."""
@@ -324,6 +435,38 @@ def cluster_validate(
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------
+
+
+class Detached(SystemExit):
+    """Ctrl-C while following a job: there is nothing to run again, the job goes on."""
+
+
+def _follow(cluster: "Cluster", name: str) -> None:
+    """Print the job's log until it is over, and exit with its exit code."""
+    try:
+        job = cluster.follow(name)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\ndetached; the job goes on. Follow it: mis logs {name} --follow   Stop it: mis stop {name}", err=True
+        )
+        raise Detached(INTERRUPTED) from None
+    if job.exit_code:
+        typer.echo(f"{name}: {job.ending()}", err=True)
+    raise typer.Exit(job.exit_code or 0)
+
+
+def _check_command(words: list[str]) -> None:
+    """Read `words` as a command line of ours, to tell a typing error here and not minutes later on the cluster."""
+    from mis_platform.config import nearest
+
+    if words[0] in HERE_ONLY:
+        raise ValueError(f"mis {words[0]} is for this machine; there is nothing to submit")
+    command, rest = typer.main.get_command(app), list(words)
+    while isinstance(command, TyperGroup):
+        if not rest or rest[0] not in command.commands:
+            raise ValueError(f"no command `mis {' '.join(words)}`{nearest(rest[0] if rest else '', command.commands)}")
+        command = command.commands[rest.pop(0)]
+    command.make_context(f"mis {' '.join(words[: len(words) - len(rest)])}", rest)
 
 
 def _print_settings(
@@ -532,6 +675,8 @@ def main() -> None:
             if signals.is_preempted or stop == signal.SIGTERM:
                 print("\npreempted; run the same command again to go on from here", file=sys.stderr)
                 sys.exit(PREEMPTED)
+            if isinstance(error, Detached):
+                raise
             if stop == INTERRUPTED or isinstance(error, KeyboardInterrupt):
                 print("\nstopped; run the same command again to go on from here", file=sys.stderr)
                 sys.exit(INTERRUPTED)

@@ -69,6 +69,7 @@ PASSING = {
 }
 SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
 SHORTEST_SECRET = 6  # characters; a shorter value would blot out ordinary words
+PROBED = "mis"  # the experiment of `mis train`
 LOCK, EVENTS = ".lock", "events.jsonl"
 
 Event = dict[str, Any]  # one thing to tell MLflow, as JSON values: see `_Sender`
@@ -105,6 +106,17 @@ def connect(root: Storage) -> MlflowClient:
         return MlflowClient(uri)
     except MlflowException as error:
         raise ValueError(f"cannot open the MLflow store {scrub(uri)}: {_first_line(error)}") from None
+
+
+def probe(root: Storage) -> None:
+    """Write a tag to our experiment, as a run would. Raises ValueError when the store does not take it."""
+    client = connect(root)
+    try:
+        found = client.get_experiment_by_name(PROBED)
+        experiment = found.experiment_id if found else client.create_experiment(PROBED)
+        client.set_experiment_tag(experiment, "mis.doctor", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    except MlflowException as error:
+        raise ValueError(f"{scrub(tracking_uri(root))} cannot be written: {_first_line(error)}") from None
 
 
 def ui_command(root: Storage, port: int = 5000) -> list[str]:

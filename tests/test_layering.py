@@ -32,6 +32,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "stages": (
         {"cv2", "numpy", "pyarrow", "ray", "torch"},
         {
+            "access",
             "artifacts",
             "baselines",
             "config",
@@ -46,6 +47,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         },
     ),
     "cluster_files": ({"ray"}, {"errors"}),
+    "access.py": (set(), set()),
+    "packing.py": (set(), {"experiment"}),
+    "submission.py": ({"ray"}, {"access", "artifacts", "config", "packing", "progress"}),
+    "doctor.py": (
+        {"ray", "torch"},
+        {"access", "config", "data", "errors", "experiment", "model", "stages", "storage", "sweep", "tracking"},
+    ),
     "config.py": ({"pydantic"}, set()),
     "errors.py": (set(), set()),
     "stopping.py": (set(), {"errors"}),
@@ -72,8 +80,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "figures.py": ({"cv2", "matplotlib", "numpy"}, {"simulation"}),
     "cli.py": (
         {"typer"},
-        {"artifacts", "cluster_files", "comparison", "config", "data", "errors", "experiment", "jobs", "model"}
-        | {"pipeline", "progress", "quickstart", "report", "stages", "storage", "sweep", "tracking"},
+        {"artifacts", "cluster_files", "comparison", "config", "data", "doctor", "errors", "experiment", "jobs"}
+        | {"model", "packing", "pipeline", "progress", "quickstart", "report", "stages", "storage", "submission"}
+        | {"sweep", "tracking"},
     ),
 }
 

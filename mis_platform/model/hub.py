@@ -1,5 +1,7 @@
 """Files from the Hugging Face hub, by way of its cache. Fails within seconds on a machine without network."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -12,15 +14,34 @@ def fetch(repository: str, name: str) -> Path:
 
     Raises ConnectionError, in one line, when it can be had from neither.
     """
+    if found := cached(repository, name):
+        return found
+    # The hub's client tries for half a minute to reach a hub that does not answer; one short question comes first.
+    probe(repository, name)
+    with _explained(repository):
+        return Path(huggingface_hub.hf_hub_download(repository, name))
+
+
+def cached(repository: str, name: str) -> Path | None:
+    """Where the file lies in the hub's cache, if it does."""
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
     except FileNotFoundError:
-        pass
+        return None
+
+
+def probe(repository: str, name: str) -> None:
+    """Raises ConnectionError, within seconds and in one line, when the hub cannot be reached or has no such file."""
+    with _explained(repository):
+        answer = huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(repository, name), timeout=PROBE_SECONDS)
+        if answer.status_code >= 400:
+            raise ConnectionError(f"status {answer.status_code}")
+
+
+@contextlib.contextmanager
+def _explained(repository: str) -> Iterator[None]:
     try:
-        # The hub's client tries for half a minute to reach a hub that does not answer; one short question comes first.
-        url = huggingface_hub.hf_hub_url(repository, name)
-        huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
-        return Path(huggingface_hub.hf_hub_download(repository, name))
+        yield
     except Exception as error:  # offline, refused, timed out: the client and its HTTP library have many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConnectionError(f"{repository} cannot be fetched from the Hugging Face hub: {reason}") from None

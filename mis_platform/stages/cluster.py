@@ -12,7 +12,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mis_platform.access import check_ray_address
 
 CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
 LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
@@ -26,6 +29,7 @@ def cluster() -> Iterator[None]:
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
     to change that) on the ports it opens, and the dashboard, on the loopback address: placement groups of stopped
     trials are only cleaned up while its state API answers.
+    Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
     """
     if ray.is_initialized():
         yield
@@ -38,6 +42,8 @@ def cluster() -> Iterator[None]:
     # Seconds between the looks of Ray Train's controller at its workers; at 2, its default, short trainings end late.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        check_ray_address(address)
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
     with _own_sigterm():
@@ -90,12 +96,16 @@ def in_background(function: Callable[[], Any]) -> "Future[Any]":
 
 
 def cpus() -> int:
-    """CPUs of the whole cluster."""
+    """CPUs of the whole cluster; of this machine while there is none, as Ray would count them."""
+    if not ray.is_initialized():
+        return max(1, int(ray._private.utils.get_num_cpus()))
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def gpus() -> int:
-    """GPUs of the whole cluster."""
+    """GPUs of the whole cluster; of this machine while there is none."""
+    if not ray.is_initialized():
+        return torch.cuda.device_count()
     return int(ray.cluster_resources().get("GPU", 0))
 
 
