@@ -50,7 +50,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "comparison.py": ({"numpy"}, {"artifacts", "config", "evaluation", "experiment", "report"}),
     "progress.py": (set(), set()),
     "storage.py": ({"pyarrow"}, set()),
-    "artifacts.py": (set(), {"config", "errors", "storage"}),
+    "leases.py": (set(), {"storage"}),
+    "artifacts.py": (set(), {"config", "errors", "leases", "storage"}),
     "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "storage"}),
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
     "drawing.py": (

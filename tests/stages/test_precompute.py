@@ -489,12 +489,13 @@ CHILD = """
     import sys
     from mis_platform.config import DataConfig, FeaturesConfig, Resources
     from mis_platform.data.benchmarks import open_dataset
+    from mis_platform.leases import hold
     from mis_platform.stages.precompute import precompute
     from mis_platform.storage import Storage
 
     if __name__ == "__main__":
         out = Storage(sys.argv[2])
-        with out.lock():
+        with hold(out):
             precompute(
                 open_dataset("folder:" + sys.argv[1]),
                 FeaturesConfig(extractor="color_texture"),
