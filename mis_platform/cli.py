@@ -433,7 +433,7 @@ def _ensure(stage: Any, root: "Storage") -> "tuple[Storage, dict[str, Any]]":
         directory = ensure(stage, root)
         typer.echo(f"{stage.name}: already done", err=True)
     else:
-        with cluster():
+        with cluster(root):
             directory = ensure(stage, root)
     return directory, read_manifest(directory)["summary"]
 

@@ -177,7 +177,7 @@ class Storage:
                 filesystem.delete_file(path)
 
     def remove_unfinished(self) -> None:
-        """Delete what interrupted writes left directly in here. Only while holding the lease: nobody else is writing."""
+        """Delete what interrupted writes left directly in here. Only while holding the lease: nobody else writes."""
         for info in self._list():
             if info.base_name.startswith(TEMPORARY):
                 self.remove(info.base_name)

@@ -171,7 +171,7 @@ class _Proxy(BaseHTTPRequestHandler):
         if self.command != "GET" or "list-type=2" not in query:
             return content
         lagging = self.trouble.lagging()
-        root = ElementTree.fromstring(content)  # noqa: S314 - of our own server
+        root = ElementTree.fromstring(content)
         for each in root.findall(f"{NAMESPACE}Contents"):
             if not lagging.get(urllib.parse.unquote(each.findtext(f"{NAMESPACE}Key", "")), True):
                 root.remove(each)

@@ -56,7 +56,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
     "drawing.py": (
         {"numpy"},
-        {"comparison", "config", "data", "evaluation", "figures", "jobs", "pipeline", "report", "storage"},
+        {"comparison", "config", "data", "evaluation", "figures", "jobs", "model", "pipeline", "report", "storage"},
     ),
     "sweep.py": (
         {"ray"},

@@ -97,9 +97,11 @@ def test_no_name_leads_out_of_its_directory(tmp_path: Path, name: str) -> None:
     for storage in (Storage(str(tmp_path / "root")), Storage("s3://bucket/root?region=us-east-1")):
         with pytest.raises(ValueError, match="no name"):
             storage.child(name)
-        for use in (storage.read_bytes, storage.exists, storage.remove, lambda it: storage.write_bytes(it, b"")):
+        for use in (storage.read_bytes, storage.exists, storage.remove):
             with pytest.raises(ValueError, match="no name"):
                 use(name)
+        with pytest.raises(ValueError, match="no name"):
+            storage.write_bytes(name, b"")
     assert os.listdir(tmp_path) == []
 
 

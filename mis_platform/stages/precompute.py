@@ -93,7 +93,7 @@ def precompute(
     product: what is made instead of trees; its name is the prefix of the parts.
 
     A photo that cannot be used, or whose computation fails, becomes a row of the quarantine and changes no other row.
-    The digest covers the trees alone. Call it while holding the lock of `out`.
+    The digest covers the trees alone. Call it while holding the lease of `out`.
 
     Raises DataError when no photo is left or one needs more memory than there is, StorageError when `out` cannot be
     written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation, ValueError when
@@ -108,7 +108,7 @@ def precompute(
     parts, refused = [each.part for each in found], list_refused(dataset)
     if missing:
         photos = [(image_id, os.fsencode(dataset.image_path(image_id))) for image_id in missing]
-        with cluster.cluster():
+        with cluster.cluster(out):
             progress = Progress(product.name, len(dataset), "images", start=len(finished))
             made, failed = compute_all(photos, features, data, resources, out, progress, product)
         parts, refused = parts + made, refused + failed
