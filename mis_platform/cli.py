@@ -177,6 +177,8 @@ def import_model(
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a model for `mis eval`; nothing in the file is run."""
+    if "://" in str(out) or str(out).startswith("s3:"):
+        raise ValueError(f"--out {out}: a model is imported into a local folder; copy it where it is needed")
     from mis_platform.model.checkpoints import import_checkpoint
 
     config = import_checkpoint(file, out, refine)
@@ -274,6 +276,36 @@ def ui(
     typer.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C stops it)", err=True)
     sys.stdout.flush()
     os.execvp(command[0], command)
+
+
+@app.command()
+def verify(
+    artifacts: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE/FINGERPRINT]...", help="Only these; default all.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make damaged trees and proposals again; needs their photos.")
+    ] = False,
+    dataset: DatasetOption = None,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Read everything in the root and report what is missing or damaged (exit code 3 if anything is)."""
+    run, resources = _settings(assignments, dataset=dataset)
+    from mis_platform import verification
+
+    storage = _writable(root) if repair else _root(root)
+    verdict = verification.verify(storage, artifacts or [])
+    typer.echo(str(verdict))
+    damaged = dict.fromkeys(problem.artifact for problem in verdict.problems)
+    for artifact in damaged if repair else ():
+        manifest = verification.repair(storage, artifact, verdict.damaged(artifact), run, resources, data_root)
+        typer.echo(f"repaired: {artifact}, digest {manifest['digest'][:16]} as before")
+    if damaged and not repair:
+        for artifact in damaged:
+            typer.echo(verification.how_to_make(storage.child(*artifact.split("/")), artifact), err=True)
+        raise typer.Exit(DATA)
 
 
 @data_app.command(name="list")

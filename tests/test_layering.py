@@ -52,6 +52,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "storage.py": ({"pyarrow"}, set()),
     "leases.py": (set(), {"storage"}),
     "artifacts.py": (set(), {"config", "errors", "leases", "storage"}),
+    "verification.py": (
+        {"pyarrow"},
+        {"artifacts", "config", "data", "errors", "leases", "pipeline", "stages", "storage"},
+    ),
     "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "storage"}),
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
     "drawing.py": (
@@ -68,7 +72,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "cli.py": (
         {"typer"},
         {"artifacts", "comparison", "config", "data", "errors", "experiment", "jobs", "model", "pipeline", "progress"}
-        | {"quickstart", "report", "stages", "storage", "sweep", "tracking"},
+        | {"quickstart", "report", "stages", "storage", "sweep", "tracking", "verification"},
     ),
 }
 
