@@ -27,7 +27,7 @@ from mis_platform.errors import DataError
 from mis_platform.leases import LEASE_FILE, LOCK_FILE, read_lease
 from mis_platform.stages import cluster
 from mis_platform.stages.evaluate import row_digest as click_digest
-from mis_platform.stages.precompute import QUARANTINE_FILE
+from mis_platform.stages.precompute import LEDGER_FILE, QUARANTINE_FILE
 from mis_platform.stages.products import TREES_PRODUCT
 from mis_platform.storage import TEMPORARY, Storage, check_name
 
@@ -37,7 +37,7 @@ FLAT, NESTED = (
     ("clicks", "overlap"),
 )  # trees/FINGERPRINT, clicks/DATASET/FINGERPRINT
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, QUARANTINE_FILE}  # beside the parts
+OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
 ORPHAN_SECONDS = 24 * 3600.0  # a younger file may belong to somebody at work
 READERS = min(16, 2 * (os.cpu_count() or 1))  # parts that are read at once
 IDENTITY = ("stage", "version", "config", "inputs")

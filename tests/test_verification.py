@@ -20,7 +20,7 @@ from mis_platform.config import Resources, Run, override
 from mis_platform.data import parts as data_parts
 from mis_platform.data.proposals import Proposals, proposal_row
 from mis_platform.data.schemas import TREES
-from mis_platform.data.trees import rows_to_table, tree_row
+from mis_platform.data.trees import TreeReader, rows_to_table, tree_row
 from mis_platform.errors import DataError
 from mis_platform.simulation.ward import merge
 from mis_platform.stages.precompute import write_part
@@ -143,13 +143,11 @@ def test_trees_that_are_none_are_found_though_every_checksum_is_right(root: Stor
     damage, message = BAD_TREES[name]
     rows = tree_rows(3)
     directory = trees_in(root, [[rows[0], damage(rows[1])], rows[2:]])
-    ((part, what),) = found(verify(root))
+    ((_, what),) = found(verify(root))
     assert what.startswith("image 'photo 1': ")
     assert message in what
-    with pytest.raises(ValueError, match=message):  # and a training would not use it either
-        from mis_platform.data.trees import TreeReader
-
-        TreeReader(directory).tree("photo 1")
+    with pytest.raises(ValueError, match=message):
+        TreeReader(directory).tree("photo 1")  # and a training would not use it either
 
 
 def test_an_image_in_two_parts_is_found(root: Storage) -> None:
@@ -265,8 +263,6 @@ def test_readers_follow_the_manifest_not_the_directory(
     root: Storage, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stray part is not read, and parts that a listing hides are."""
-    from mis_platform.data.trees import TreeReader
-
     write_part([edited(tree_rows(1)[0], image_id="stray")], Storage(str(whole)))
     monkeypatch.setattr(Storage, "_list", lambda self: [])
     reader = TreeReader(Storage(str(whole)))
