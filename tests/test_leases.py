@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from s3_server import CREDENTIALS, s3_server, uri
+from training_material import tiny_run
 
 from mis_platform import leases
 from mis_platform.leases import LEASE_FILE, hold, is_alive, read_lease
+from mis_platform.stages import training_loop
+from mis_platform.stages.training_loop import Learner, Schedule, complete_steps, save_checkpoint
 from mis_platform.storage import Storage, StorageError
 
 HOLDER = """
@@ -177,6 +181,26 @@ def test_the_fence_travels_with_children_and_to_other_processes(storage: Storage
                 forbidden()
     assert storage.child("steps", "0001").read_bytes("weights") == b"1"
     assert read_lease(storage) == taken  # not given back either
+
+
+def test_a_training_that_was_replaced_damages_no_checkpoint(tmp_path: Path) -> None:
+    """Saving removes marks and old checkpoints: an attempt of yesterday must not."""
+    run = tiny_run()
+    model = training_loop.initial_model(run)
+    optimizer = training_loop.optimizer_of(model, run.train)
+    learner = Learner(run, Schedule(4, run.train), model, model, optimizer, torch.device("cpu"), images_at_once=1)
+    storage = Storage(str(tmp_path))
+    with hold(storage) as zombie:
+        save_checkpoint(zombie, 1, learner, [{"step": 1}])
+    with hold(storage) as held:
+        for step in (1, 2):
+            save_checkpoint(held, step, learner, [{"step": step}])
+        files = {path: path.stat().st_mtime_ns for path in (tmp_path / "steps").rglob("*")}
+        for step in (1, 2, 3):
+            with pytest.raises(StorageError, match=r"attempt 1 .* must not write complete.json .* attempt 2 "):
+                save_checkpoint(zombie, step, learner, [{"step": step}])
+        assert complete_steps(held) == [1, 2]
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "steps").rglob("*")} == files
 
 
 def test_a_lease_that_stands_still_may_be_taken(storage: Storage) -> None:
