@@ -12,16 +12,19 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mis_platform.config import differences, fingerprint, plain
-from mis_platform.errors import FingerprintMismatch
+from mis_platform.errors import DataError, FingerprintMismatch
+from mis_platform.leases import hold
 from mis_platform.storage import Storage
 
 MANIFEST = "manifest.json"
+REPAIR = "`mis verify` tells all that is wrong, and with --repair makes it again"
+HASHED_BYTES = 2**30  # of an input: its checksums are looked at before a stage begins, up to a few seconds' worth
 PACKAGES = ("mis-platform", "ray", "torch", "timm", "numpy", "numba", "opencv-python-headless", "pillow", "pyarrow")
 
 
@@ -94,19 +97,45 @@ def ensure(stage: Stage, root: Storage) -> Storage:
     """The directory of the finished stage; runs it, and what it reads, only if missing.
 
     Raises FingerprintMismatch when a manifest there was made with other settings, StorageError when another process is
-    at work on the same artifact.
+    at work on the same artifact or took it over, DataError when an input is damaged.
     """
     out = stage.directory(root)
     if out.exists(MANIFEST):
         check_identity(stage, read_manifest(out))
         return out
     inputs = {key: ensure(needed, root) for key, needed in stage.inputs.items()}
-    with out.lock():
+    with hold(out) as held:
         if not out.exists(MANIFEST):  # nobody finished it while we waited for the inputs
+            for directory in inputs.values():
+                check_whole(directory)
             started = time.time()
-            output = stage.run(inputs, out)
-            write_manifest(stage, output, out, seconds=time.time() - started)
+            output = stage.run(inputs, held)
+            write_manifest(stage, output, held, seconds=time.time() - started)
     return out
+
+
+def remake(stage: Stage, root: Storage, damaged: Sequence[str]) -> dict[str, Any]:
+    """Make the damaged parts of a finished artifact again, and return its new manifest.
+
+    damaged: names of parts; the others must be whole, they are kept. The artifact counts as unfinished until it is
+    whole again. Raises DataError when what comes out is not what was there, FingerprintMismatch as `ensure`.
+    """
+    inputs = {key: ensure(needed, root) for key, needed in stage.inputs.items()}
+    with hold(stage.directory(root)) as held:
+        before = read_manifest(held)
+        check_identity(stage, before)
+        held.remove(MANIFEST)
+        for name in damaged:
+            held.remove(name)
+        started = time.time()
+        output = stage.run(inputs, held)
+        if output.digest != before["digest"]:
+            raise DataError(
+                f"{held} came out otherwise than before: its digest was {before['digest'][:16]} and is now "
+                f"{output.digest[:16]} (other versions of the packages?); remove it and all that was made from it"
+            )
+        write_manifest(stage, output, held, seconds=time.time() - started)
+    return read_manifest(held)
 
 
 def write_manifest(stage: Stage, output: Output, out: Storage, seconds: float = 0.0) -> None:
@@ -136,6 +165,24 @@ def read_manifest(directory: Storage) -> dict[str, Any]:
     except (ValueError, RecursionError):
         pass
     raise ValueError(f"{directory}/{MANIFEST} is damaged; remove it and run the command again")
+
+
+def check_whole(directory: Storage) -> None:
+    """Refuse a finished artifact whose parts are not what its manifest says, as far as that can be told quickly.
+
+    All sizes are compared, and the checksums too unless there are more than HASHED_BYTES; readers compare those of
+    larger ones as they go. Raises DataError that names the parts and the way out.
+    """
+    parts = read_manifest(directory)["parts"]
+    sizes = directory.sizes(part["name"] for part in parts)
+    wrong = [part["name"] for part in parts if sizes[part["name"]] != part["bytes"]]
+    if not wrong and sum(part["bytes"] for part in parts) <= HASHED_BYTES:
+        wrong = [part["name"] for part in parts if sha256(directory.read_bytes(part["name"])) != part["sha256"]]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} of {len(parts)} parts of {directory} are damaged or missing: {', '.join(wrong[:3])}"
+            f"{', ...' if len(wrong) > 3 else ''}; {REPAIR}"
+        )
 
 
 def check_identity(stage: Stage, manifest: Mapping[str, Any]) -> None:

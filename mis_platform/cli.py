@@ -188,6 +188,8 @@ def import_model(
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a model for `mis eval`; nothing in the file is run."""
+    if "://" in str(out) or str(out).startswith("s3:"):
+        raise ValueError(f"--out {out}: a model is imported into a local folder; copy it where it is needed")
     from mis_platform.model.checkpoints import import_checkpoint
 
     config = import_checkpoint(file, out, refine)
@@ -389,6 +391,36 @@ def doctor(
         worst = max(worst, finding.exit_code)
     if worst:
         raise typer.Exit(worst)
+
+
+@app.command()
+def verify(
+    artifacts: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE/FINGERPRINT]...", help="Only these; default all.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make damaged trees and proposals again; needs their photos.")
+    ] = False,
+    dataset: DatasetOption = None,
+    root: RootOption = "artifacts",
+    data_root: DataRootOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Read everything in the root and report what is missing or damaged (exit code 3 if anything is)."""
+    run, resources = _settings(assignments, dataset=dataset)
+    from mis_platform import verification
+
+    storage = _writable(root) if repair else _root(root)
+    verdict = verification.verify(storage, artifacts or [])
+    typer.echo(str(verdict))
+    damaged = dict.fromkeys(problem.artifact for problem in verdict.problems)
+    for artifact in damaged if repair else ():
+        manifest = verification.repair(storage, artifact, verdict.damaged(artifact), run, resources, data_root)
+        typer.echo(f"repaired: {artifact}, digest {manifest['digest'][:16]} as before")
+    if damaged and not repair:
+        for artifact in damaged:
+            typer.echo(verification.how_to_make(storage.child(*artifact.split("/")), artifact), err=True)
+        raise typer.Exit(DATA)
 
 
 @data_app.command(name="list")
@@ -599,7 +631,7 @@ def _ensure(stage: Any, root: "Storage") -> "tuple[Storage, dict[str, Any]]":
         directory = ensure(stage, root)
         typer.echo(f"{stage.name}: already done", err=True)
     else:
-        with cluster():
+        with cluster(root):
             directory = ensure(stage, root)
     return directory, read_manifest(directory)["summary"]
 

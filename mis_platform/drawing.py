@@ -15,6 +15,7 @@ from mis_platform.data.proposals import ProposalReader
 from mis_platform.data.trees import TreeReader
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.evaluation.predictor import Predictor
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from mis_platform.storage import Storage
 
 OBJECTS = 6  # drawn in a sheet of clicks and masks, from the easiest to the hardest
@@ -61,12 +62,11 @@ def objects(
     benchmarks: Sequence[Dataset], model: Storage, clicks: Mapping[str, Storage], run: Run, count: int = OBJECTS
 ) -> dict[str, Any]:
     """Clicks and masks of some objects of each benchmark, from the easiest to the hardest (Figure 7)."""
-    if model.local is None:
-        return {}
     drawn = {}
     for benchmark in benchmarks:
         size = pipeline.zoom_size_of(benchmark, run)
-        predictor = Predictor.from_pretrained(model.local, zoom_size=size, config=run.eval)
+        with model.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
+            predictor = Predictor.from_pretrained(directory, zoom_size=size, config=run.eval)
         replay = functools.partial(report.replay, predictor)
         for rank, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks[benchmark.name], count)):
             drawn[f"{benchmark.name}-object-{rank}.png"] = figure

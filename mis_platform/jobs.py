@@ -18,7 +18,7 @@ from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import read_image
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
-from mis_platform.model.weights import read_config
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from mis_platform.simulation.clicks import Click
 from mis_platform.stages.cluster import cluster
 from mis_platform.stages.evaluate import build_click_model
@@ -152,7 +152,7 @@ def finish(stage: Stage, root: Storage) -> Storage:
     """The directory of the finished stage; Ray is only started if something is missing."""
     if stage.is_done(root):
         return ensure(stage, root)
-    with cluster():
+    with cluster(root):
         return ensure(stage, root)
 
 
@@ -170,7 +170,8 @@ def _target_title(run: Run) -> str:
 
 def trained_with(model: Storage, run: Run) -> Run:
     """The settings that a saved model was trained with, under the click protocol of `run`."""
-    if model.local is None or not isinstance(trained := read_config(model.local).get("run"), dict):
+    described = parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}")
+    if not isinstance(trained := described.get("run"), dict):
         return run
     try:
         return build(Run, {**trained, "eval": plain(run.eval)})
@@ -235,11 +236,9 @@ def _draw_objects(
     tracker: tracking.Tracker, benchmark: Dataset, model: Storage, run: Run, clicks: Storage, count: int
 ) -> None:
     """Clicks and masks of a few objects, from the easiest to the hardest (the paper's Figure 7)."""
-    if model.local is None:
-        return
-    predictor = Predictor.from_pretrained(
-        model.local, zoom_size=pipeline.zoom_size_of(benchmark, run), config=run.eval
-    )  # fmt: skip
+    zoom_size = pipeline.zoom_size_of(benchmark, run)
+    with model.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
+        predictor = Predictor.from_pretrained(directory, zoom_size=zoom_size, config=run.eval)
     replay = functools.partial(report.replay, predictor)
     for rank, figure in enumerate(draw_objects(benchmark, replay, clicks, count)):
         tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")

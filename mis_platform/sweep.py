@@ -201,7 +201,7 @@ def run_sweep(sweep: Sweep) -> Comparison:
     failures = {f"{name}/{seed}": reason for (name, seed), reason in sweep.refused.items()}
     with _parent(sweep) as parent:
         if missing:
-            with cluster.cluster():
+            with cluster.cluster(root):
                 failed = _finish(sweep, missing)
             # Rows of one trial fail together; one that had finished before is not lost.
             done = {_key(task) for task in missing if task.is_done(root, resources)}

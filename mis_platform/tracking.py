@@ -44,7 +44,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mis_platform.artifacts import git_commit
-from mis_platform.storage import TEMPORARY, Storage
+from mis_platform.storage import TEMPORARY, Storage, StorageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,8 @@ def tracking_uri(root: Storage) -> str:
 def connect(root: Storage) -> MlflowClient:
     """A client of the root's store; a missing SQLite store is made first, whole or not at all.
 
-    Raises ValueError when the store cannot be opened. A server is not contacted yet.
+    Raises ValueError when the store cannot be opened, StorageError when its file cannot be made, e.g. on a full disk. A
+    server is not contacted yet.
     """
     uri = tracking_uri(root)
     database = _sqlite_file(uri)
@@ -106,6 +107,10 @@ def connect(root: Storage) -> MlflowClient:
         return MlflowClient(uri)
     except MlflowException as error:
         raise ValueError(f"cannot open the MLflow store {scrub(uri)}: {_first_line(error)}") from None
+    except Exception as error:  # of SQLAlchemy or the disk
+        if database is None:
+            raise
+        raise StorageError(f"cannot make the MLflow store {database}: {_first_line(error)}") from None
 
 
 def probe(root: Storage) -> None:
@@ -164,8 +169,10 @@ def _create_database(file: Path) -> None:
     with _locked(_lock_file(file)):
         if file.exists():
             return
-        temporary = file.with_name(f"{TEMPORARY}{file.name}")
-        temporary.unlink(missing_ok=True)
+        for torn in file.parent.glob(f"{TEMPORARY}*{file.name}*"):
+            torn.unlink()
+        # A new name each time: MLflow keeps its connection to a file that it could not finish.
+        temporary = file.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{file.name}")
         MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         os.replace(temporary, file)
 

@@ -22,6 +22,7 @@ from mis_platform.artifacts import (
     walk,
 )
 from mis_platform.config import SamplingConfig, fingerprint
+from mis_platform.leases import hold
 from mis_platform.storage import Storage, StorageError
 
 
@@ -82,7 +83,7 @@ def test_a_failed_stage_leaves_no_manifest_and_keeps_its_files(tmp_path: Path) -
 def test_two_processes_do_not_work_on_one_artifact(tmp_path: Path) -> None:
     root = Storage(str(tmp_path))
     stage = counting_stage("trees", [])
-    with stage.directory(root).lock(), pytest.raises(StorageError, match="another mis process"):
+    with hold(stage.directory(root)), pytest.raises(StorageError, match="another mis process"):
         ensure(stage, root)
     assert not stage.is_done(root)
 

@@ -61,12 +61,17 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "comparison.py": ({"numpy"}, {"artifacts", "config", "evaluation", "experiment", "report"}),
     "progress.py": (set(), set()),
     "storage.py": ({"pyarrow"}, set()),
-    "artifacts.py": (set(), {"config", "errors", "storage"}),
+    "leases.py": (set(), {"storage"}),
+    "artifacts.py": (set(), {"config", "errors", "leases", "storage"}),
+    "verification.py": (
+        {"pyarrow"},
+        {"artifacts", "config", "data", "errors", "leases", "pipeline", "stages", "storage"},
+    ),
     "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "storage"}),
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
     "drawing.py": (
         {"numpy"},
-        {"comparison", "config", "data", "evaluation", "figures", "jobs", "pipeline", "report", "storage"},
+        {"comparison", "config", "data", "evaluation", "figures", "jobs", "model", "pipeline", "report", "storage"},
     ),
     "sweep.py": (
         {"ray"},
@@ -82,7 +87,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"typer"},
         {"artifacts", "cluster_files", "comparison", "config", "data", "doctor", "errors", "experiment", "jobs"}
         | {"model", "packing", "pipeline", "progress", "quickstart", "report", "stages", "storage", "submission"}
-        | {"sweep", "tracking"},
+        | {"sweep", "tracking", "verification"},
     ),
 }
 

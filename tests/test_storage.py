@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mis_platform.leases import hold
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
 
@@ -70,6 +71,67 @@ def test_child_addresses(uri: str, expected: str) -> None:
     assert Storage(uri).child("trees", "0123").uri == expected
 
 
+ESCAPES = [
+    *(
+        "..",
+        "../x",
+        "a/../../x",
+        "a/..",
+        "/etc/passwd",
+        "//x",
+        "./x",
+        ".",
+        "",
+        "a//b",
+        "a/",
+        "..\\x",
+        "a\\..\\x",
+        "a\0b",
+    ),
+    *("../../../etc/cron.d/x", "a/./b", "/", "\\\\host\\x", "..\\..\\x", "a/b/../../../c"),
+]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_name_leads_out_of_its_directory(tmp_path: Path, name: str) -> None:
+    for storage in (Storage(str(tmp_path / "root")), Storage("s3://bucket/root?region=us-east-1")):
+        with pytest.raises(ValueError, match="no name"):
+            storage.child(name)
+        for use in (storage.read_bytes, storage.exists, storage.remove):
+            with pytest.raises(ValueError, match="no name"):
+                use(name)
+        with pytest.raises(ValueError, match="no name"):
+            storage.write_bytes(name, b"")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_that_looks_encoded_is_taken_as_it_is() -> None:
+    """Else %2e%2e in the address of a child would lead out of it."""
+    child = Storage("s3://bucket/root?region=us-east-1").child("%2e%2e", "a b#c?d")
+    assert child.uri == "s3://bucket/root/%252e%252e/a%20b%23c%3Fd?region=us-east-1"
+    assert child._target[1] == "bucket/root/%2e%2e/a b#c?d"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://key:secret@bucket/x", "ends up in logs"),
+        ("s3://bucket/x?nonsense=1", "unknown option 'nonsense'; there are allow_bucket_creation, endpoint_override"),
+        ("s3:///x", "must look like s3://bucket/prefix"),
+    ],
+)
+def test_addresses_that_cannot_be_right(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Storage(uri).names()
+
+
+def test_a_file_uri_is_a_local_path(tmp_path: Path) -> None:
+    storage = Storage(f"file://{tmp_path}/a%20b")
+    storage.write_bytes("x", b"1")
+    assert storage.local == tmp_path / "a b"
+    assert (tmp_path / "a b" / "x").exists()
+
+
 def test_relative_paths_are_fixed_when_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     storage = Storage("artifacts")
@@ -97,8 +159,6 @@ def test_an_object_store_is_written_in_one_piece() -> None:
     assert [info.base_name for info in storage._target[0].get_file_info(pafs_selector("bucket/prefix"))] == ["a"]
     assert storage.read_bytes("a") == b"1"
     assert storage.local is None
-    with storage.lock(), storage.lock():  # object stores have no locks
-        pass
 
 
 def pafs_selector(base: str) -> object:
@@ -121,7 +181,7 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"cannot write to .*choose another --root"):
             Storage(str(root)).check_writable()
-    with pytest.raises(StorageError, match="cannot lock"), Storage(str(tmp_path / "file")).lock():
+    with pytest.raises(StorageError, match="cannot lock"), hold(Storage(str(tmp_path / "file"))):
         pass
 
 
@@ -180,47 +240,3 @@ def test_a_killed_writer_leaves_whole_files_only(tmp_path: Path) -> None:
         assert storage.names() in ([], ["file"])
     storage.remove_unfinished()
     assert set(os.listdir(tmp_path)) <= {"file"}
-
-
-# -- locks -----------------------------------------------------------------------------------------------------------
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "stage"))
-    code = """
-        import sys
-        from mis_platform.storage import Storage, StorageError
-        try:
-            with Storage(sys.argv[1]).lock():
-                print("got it")
-        except StorageError as error:
-            print(error)
-        """
-    with storage.lock():
-        assert "another mis process is working on" in run_python(code, storage.uri).stdout
-    assert run_python(code, storage.uri).stdout.strip() == "got it"
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    """Even if a child of it lives on, as a cluster's processes may."""
-    code = """
-        import subprocess, sys, time
-        from mis_platform.storage import Storage
-        with Storage(sys.argv[1]).lock():
-            child = subprocess.Popen(["sleep", "20"])
-            print(child.pid, flush=True)
-            time.sleep(60)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        grandchild = int(holder.stdout.readline())
-        with pytest.raises(StorageError), Storage(str(tmp_path)).lock():
-            pass
-        holder.kill()
-        holder.wait()
-        try:
-            with Storage(str(tmp_path)).lock():
-                pass
-        finally:
-            os.kill(grandchild, signal.SIGKILL)

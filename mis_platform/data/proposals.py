@@ -5,16 +5,16 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest
+from mis_platform.data import parts
+from mis_platform.data.parts import MAX_PART_BYTES, Part
 from mis_platform.data.schemas import PROPOSALS
-from mis_platform.data.trees import CACHE_BYTES, MAX_PART_BYTES, Part
+from mis_platform.data.trees import CACHE_BYTES
 from mis_platform.storage import Storage
 
 _HEAD = ("image_id", "image_height", "image_width")
@@ -82,6 +82,16 @@ def decode_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
         raise ValueError(f"runs of {runs.sum()} pixels together, a mask of {height}x{width} has {height * width}")
     values = np.arange(len(runs)) % 2 == 1
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raises ValueError for a row of PROPOSALS whose columns do not fit each other or whose masks are none."""
+    if not len(row["masks"]) == len(row["areas"]) == len(row["scores"]):
+        raise ValueError(f"{len(row['masks'])} masks, {len(row['areas'])} areas, {len(row['scores'])} scores")
+    for number, (runs, area) in enumerate(zip(row["masks"], row["areas"], strict=True)):
+        covered = np.count_nonzero(decode_mask(runs, row["image_height"], row["image_width"]))
+        if covered != area:
+            raise ValueError(f"mask {number} covers {covered} pixels, its area says {area}")
 
 
 def best_overlap_of_masks(masks: np.ndarray, object_mask: np.ndarray) -> tuple[float, int]:
@@ -193,48 +203,13 @@ class ProposalReader:
 
     def _table(self, number: int) -> pa.Table:
         if number not in self._cache:
-            self._cache[number] = _read_part(self.storage, self._parts[number])
+            self._cache[number] = parts.read_part(self.storage, self._parts[number], decode)
             while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self.cache_bytes:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(number)
         return self._cache[number]
 
 
-def _read_part(storage: Storage, part: Part) -> pa.Table:
-    """One part, checked against the manifest's entry. Raises ValueError as `data.trees.read_part` does."""
-    name = part["name"]
-    try:
-        table = _parse(_read_bytes(storage, part))
-        if table.num_rows != part["rows"]:
-            raise ValueError(f"{table.num_rows} rows, the manifest says {part['rows']}")
-        return table
-    except FileNotFoundError:
-        raise ValueError(f"part {name}: it is missing from {storage}") from None
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise ValueError(f"part {name}: {str(error).splitlines()[0]}") from None
-
-
-def _read_bytes(storage: Storage, part: Part) -> bytes:
-    path = PurePosixPath(part["name"])
-    if path.is_absolute() or ".." in path.parts or "\\" in part["name"]:
-        raise ValueError("a part must lie inside its artifact")
-    if storage.local is not None and (storage.local / path).stat().st_size > MAX_PART_BYTES:
-        raise ValueError(f"larger than {MAX_PART_BYTES} bytes")
-    data = storage.read_bytes(part["name"])
-    if hashlib.sha256(data).hexdigest() != part["sha256"]:
-        raise ValueError("the file was altered or truncated: its SHA-256 is not the manifest's")
-    return data
-
-
-def _parse(data: bytes) -> pa.Table:
-    """One Parquet file. What it says it unpacks to is looked at first: repeated values pack almost to nothing."""
-    file = pq.ParquetFile(pa.BufferReader(data))
-    if not file.schema_arrow.equals(PROPOSALS):
-        names = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)
-        raise ValueError(f"columns {names} where those of proposals are expected: {', '.join(PROPOSALS.names)}")
-    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
-    values = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
-    unpacked = max(sum(group.total_byte_size for group in groups), values * np.dtype(np.int32).itemsize)
-    if unpacked > MAX_PART_BYTES:
-        raise ValueError(f"it unpacks to {unpacked} bytes, more than {MAX_PART_BYTES}")
-    return file.read()
+def decode(data: bytes, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
+    """The table of one Parquet file of proposals. Raises ValueError."""
+    return parts.decode_parquet(data, PROPOSALS, max_bytes)

@@ -1,10 +1,8 @@
 """Merge trees as Parquet rows, and a reader that finds the tree of an image without loading all of them at once."""
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest
+from mis_platform.data import parts
+from mis_platform.data.parts import MAX_PART_BYTES, Part
 from mis_platform.data.schemas import TREES, check_version
 from mis_platform.simulation.tree import MergeTree
 from mis_platform.storage import Storage
 
-Part = Mapping[str, Any]  # an entry of the manifest's "parts": name, rows, sha256, ...
-
-MAX_PART_BYTES = 2**30  # of a part, packed or unpacked
 CACHE_BYTES = 512 * 2**20  # holds the unpacked trees of all of SBD (8498 images of 24 kB)
 
 
@@ -71,49 +68,18 @@ def _row(table: pa.Table, k: int) -> dict[str, Any]:
 def read_part(storage: Storage, part: Part, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
     """One part of a trees artifact, checked against the manifest's entry.
 
-    Raises ValueError naming the part when it is missing, altered, truncated, too large, has another schema or another
-    number of rows. The trees themselves are checked by `tree_from_row`.
+    Raises DataError as `data.parts.read_part`. The trees themselves are checked by `tree_from_row`.
     """
-    name = part["name"]
+    return parts.read_part(storage, part, decode, max_bytes)
+
+
+def decode(data: bytes, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
+    """The table of one Parquet file of trees. Raises ValueError, also for a version that cannot be read here."""
     try:
-        table = _decode(_read_bytes(storage, part, max_bytes), max_bytes)
-        if table.num_rows != part["rows"]:
-            raise ValueError(f"{table.num_rows} rows, the manifest says {part['rows']}")
-        return table
-    except FileNotFoundError:
-        raise ValueError(f"part {name}: it is missing from {storage}") from None
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise ValueError(f"part {name}: {str(error).splitlines()[0]}") from None
-
-
-def _read_bytes(storage: Storage, part: Part, max_bytes: int) -> bytes:
-    path = PurePosixPath(part["name"])
-    if path.is_absolute() or ".." in path.parts or "\\" in part["name"]:
-        raise ValueError("a part must lie inside its artifact")
-    if storage.local is not None and (storage.local / path).stat().st_size > max_bytes:
-        raise ValueError(f"larger than {max_bytes} bytes")
-    data = storage.read_bytes(part["name"])
-    if hashlib.sha256(data).hexdigest() != part["sha256"]:
-        raise ValueError("the file was altered or truncated: its SHA-256 is not the manifest's")
-    return data
-
-
-def _decode(data: bytes, max_bytes: int) -> pa.Table:
-    """Parse one Parquet file. What it says it unpacks to is looked at first: repeated values pack almost to nothing."""
-    file = pq.ParquetFile(pa.BufferReader(data))
-    check_version(file.schema_arrow)
-    if not file.schema_arrow.equals(TREES):
-        raise ValueError(f"columns {_columns(file.schema_arrow)} where {_columns(TREES)} are expected")
-    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
-    values = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
-    unpacked = max(sum(group.total_byte_size for group in groups), values * np.dtype(np.int32).itemsize)
-    if unpacked > max_bytes:
-        raise ValueError(f"it unpacks to {unpacked} bytes, more than {max_bytes}")
-    return file.read()
-
-
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} {field.type}{'' if field.nullable else ' not null'}" for field in schema)
+        check_version(pq.read_schema(pa.BufferReader(data)))
+    except OSError as error:  # in memory, an OSError is a damaged file
+        raise ValueError(str(error)) from None
+    return parts.decode_parquet(data, TREES, max_bytes)
 
 
 class TreeReader:

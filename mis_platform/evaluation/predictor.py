@@ -130,6 +130,12 @@ def load_network(directory: str | Path, zoom_size: int, device: torch.device | s
 
 def _model_directory(path_or_run: str | Path) -> Path:
     """The directory as given, or the finished training whose fingerprint starts with it."""
+    is_local = Path(path_or_run).exists() or "://" not in f"{path_or_run} {os.environ.get('MIS_ROOT', '')}"
+    if not is_local:
+        raise ValueError(
+            f"{path_or_run}: a model in an object store is copied first: with Storage(directory).on_disk"
+            '(["model.safetensors", "config.json"]) as folder: Predictor.from_pretrained(folder)'
+        )
     if Path(path_or_run).exists():
         return Path(path_or_run)
     shelf = Path(os.environ.get("MIS_ROOT", "artifacts")) / "checkpoint"

@@ -92,8 +92,8 @@ class MergeTree:
         used, counts = np.unique(self.children, return_counts=True)
         if (counts > 1).any():
             raise ValueError(f"node {used[counts > 1][0]} is child of more than one merge")
-        if not np.isfinite(self.costs).all():
-            raise ValueError("the costs of merges must be finite")
+        if not np.isfinite(self.costs).all() or (self.costs < 0).any():
+            raise ValueError("the costs of merges must be finite and not negative")
 
 
 @njit(nogil=True, cache=True)

@@ -7,7 +7,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,14 +17,19 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mis_platform.access import check_ray_address
+from mis_platform.storage import TEMPORARY, Storage
 
+NODE_SECONDS = 60.0  # for every node to look for a file: its first process has to start
 CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
 LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
+def cluster(root: Storage | None = None) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start one in this process and stop it at the end.
+
+    root: where its workers will read and write; ValueError if it is a local path that not all nodes see, see
+    `check_shared`.
 
     A Ray that is already initialised (a notebook, a test session, an enclosing stage) is used as it is. A started one
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
@@ -32,6 +38,8 @@ def cluster() -> Iterator[None]:
     Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
     """
     if ray.is_initialized():
+        if root is not None:
+            check_shared(root)
         yield
         return
     # Torch's threads otherwise spin while they wait for each other, on cores that loading tasks need.
@@ -49,9 +57,56 @@ def cluster() -> Iterator[None]:
     with _own_sigterm():
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
     try:
+        if root is not None:
+            check_shared(root)
         yield
     finally:
         ray.shutdown()
+
+
+def check_shared(root: Storage) -> None:
+    """Refuse a local path on a cluster of several nodes that do not all see it; one on NFS passes.
+
+    A file that was written here a moment ago must be read on every node. Raises ValueError that names the nodes which
+    cannot, StorageError when the file cannot be written. Nothing is done for one node or an object store.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if root.local is None or len(nodes) < 2:
+        return
+    name, nonce = f"{TEMPORARY}shared-{uuid.uuid4().hex}", uuid.uuid4().hex
+    root.write_bytes(name, nonce.encode())
+    try:
+        answers = {_ask(node, root.uri, name): node["NodeManagerHostname"] for node in nodes}
+        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=NODE_SECONDS)
+        silent = [answers[each] for each in answers if each not in ready]
+        blind = [answers[each] for each in ready if not _has_seen(each, nonce)]
+    finally:
+        root.remove(name)
+    if silent or blind:
+        raise ValueError(
+            f"{root} is not the same directory on all {len(nodes)} nodes of the cluster: a file written there was not "
+            f"seen on {', '.join(sorted(blind + silent))}; use --root s3://bucket/prefix, or a path that is mounted "
+            "from one file server on every node"
+        )
+
+
+def _ask(node: Mapping[str, Any], uri: str, name: str) -> Any:
+    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return _content.options(scheduling_strategy=here).remote(f"{uri}/{name}")
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _content(path: str) -> str:
+    """Empty where there is no such file."""
+    with contextlib.suppress(OSError), open(path) as file:
+        return file.read()
+    return ""
+
+
+def _has_seen(answer: Any, nonce: str) -> bool:
+    with contextlib.suppress(ray.exceptions.RayError):  # a node that has just died
+        return bool(ray.get(answer) == nonce)
+    return False
 
 
 @contextlib.contextmanager

@@ -17,11 +17,9 @@ import hashlib
 import importlib
 import inspect
 import json
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -81,10 +79,10 @@ def evaluate_model(
 
     model_dir: any directory with model.safetensors and config.json; zoom_size: side of the network's input in pixels.
     Rows are in the order of the data set; objects without a pixel are only listed in the summary. Call it while holding
-    the lock of `out`. Raises DataError for a photo or mask that cannot be used and when there is nothing to score,
+    the lease of `out`. Raises DataError for a photo or mask that cannot be used and when there is nothing to score,
     ValueError for a model that cannot be loaded.
     """
-    with cluster.cluster():
+    with cluster.cluster(out):
         gpus = _gpus(resources)
         batch = resources.eval_batch if gpus else 1
         job = Clicking(_absolute(dataset), model_dir, config, zoom_size, batch, "cuda" if gpus else "cpu")
@@ -103,7 +101,7 @@ def evaluate_method(
     """
     build_click_model(method, classical)  # a typing error is noticed here
     job = Answering(_absolute(dataset), method, classical, config)
-    with cluster.cluster():
+    with cluster.cluster(out):
         found = _score(job, CHUNK_IMAGES, resources, 0, out)
     protocol = {"fingerprint": click_model_fingerprint(config), "family": method, **robot_settings(config)}
     return _clicks_output(dataset, found, protocol)
@@ -128,7 +126,7 @@ def evaluate_proposals(
     nowhere. Raises DataError as above.
     """
     job = Overlapping(_absolute(dataset), proposals, are_trees)
-    with cluster.cluster():
+    with cluster.cluster(out):
         found = _score(job, CHUNK_IMAGES, resources, 0, out)
     overlaps = _column(out, found, "best_iou")
     if not overlaps.size:
@@ -333,20 +331,8 @@ def _read(dataset: Dataset, image_id: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _network(model_dir: Storage, zoom_size: int, device: str) -> Network:
-    with _on_disk(model_dir) as directory:
+    with model_dir.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
         return load_network(directory, zoom_size, device)
-
-
-@contextlib.contextmanager
-def _on_disk(model_dir: Storage) -> Iterator[Path]:
-    """The model's directory, or a copy of it while it is being loaded."""
-    if model_dir.local is not None:
-        yield model_dir.local
-        return
-    with tempfile.TemporaryDirectory() as copy:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            (Path(copy) / name).write_bytes(model_dir.read_bytes(name))
-        yield Path(copy)
 
 
 @functools.lru_cache(maxsize=1)

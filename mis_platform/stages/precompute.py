@@ -25,6 +25,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -40,6 +41,7 @@ from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import ImageRefused, Reason, read_image
+from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
 from mis_platform.errors import DataError
@@ -53,6 +55,17 @@ VERSION = 1
 
 QUARANTINE_FILE = "quarantine.parquet"
 DIGEST_KEY = b"mis_platform.digest"  # in the metadata of a part: what its rows must add up to
+
+LEDGER_FILE = ".parts.parquet"  # parts that were read and found whole
+LEDGER_BYTES = 2**28  # of parts, that took long enough to read
+LARGEST_LEDGER = 2**34  # bytes, unpacked: 10^8 ids
+LEDGER = pa.schema(
+    {
+        **{"name": pa.string(), "rows": pa.int64(), "bytes": pa.int64(), "sha256": pa.string(), "digest": pa.string()},
+        "image_ids": pa.list_(pa.string()),
+    }
+)
+READERS = min(16, 2 * (os.cpu_count() or 1))  # parts that are read at once
 
 INTERNAL = "INTERNAL"  # reason of a photo whose computation failed without a known cause
 OUT_OF_MEMORY = "OUT_OF_MEMORY"  # stops the run
@@ -103,7 +116,7 @@ def precompute(
     product: what is made instead of trees; its name is the prefix of the parts.
 
     A photo that cannot be used, or whose computation fails, becomes a row of the quarantine and changes no other row.
-    The digest covers the trees alone. Call it while holding the lock of `out`.
+    The digest covers the trees alone. Call it while holding the lease of `out`.
 
     Raises DataError when no photo is left or one needs more memory than there is, StorageError when `out` cannot be
     written or photos stop being readable, RuntimeError when 32 photos in a row fail in the computation or workers hang,
@@ -122,7 +135,7 @@ def precompute(
     if missing:
         photos = ((sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in missing)
         resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
-        with cluster.cluster():
+        with cluster.cluster(out):
             progress = Progress(product.name, len(dataset), "images", start=done)
             made, failed = compute_all(photos, features, data, resources, out, progress, product)
         parts, refused = parts + made, refused + failed
@@ -221,19 +234,40 @@ def _to_parquet(table: pa.Table, encoding: Mapping[str, str] | None = None) -> b
 def finished_parts(out: Storage, image_ids: Iterable[str], product: Product = TREES_PRODUCT) -> list[Found]:
     """The parts of an earlier attempt, read and checked.
 
-    Damaged ones, and ones with photos that are not asked for or are in another part, are deleted.
+    Damaged ones, and ones with photos that are not asked for or are in another part, are deleted. Where that takes long
+    it is done once: of parts that an earlier call has read, only the size is looked at.
     """
+    sizes = {name: facts.bytes for name, facts in out.files().items() if name.startswith(f"{product.name}-")}
+    known = {name: each for name, each in _read_ledger(out).items() if sizes.get(name) == each.part.bytes}
+    new = [name for name in sizes if name not in known]
+    with ThreadPoolExecutor(READERS) as pool:
+        read = dict(zip(new, pool.map(lambda name: _read_part(name, out.read_bytes(name), product), new), strict=True))
     unseen, found = set(image_ids), []
-    for name in out.names():
-        if not name.startswith(f"{product.name}-"):
-            continue
-        part = _read_part(name, out.read_bytes(name), product)
+    for name in sorted(sizes):
+        part = known.get(name) or read[name]
         if part is not None and len(set(part.image_ids) & unseen) == len(part.image_ids):
             unseen.difference_update(part.image_ids)
             found.append(part)
         else:
             out.remove(name)
+    if sum(sizes[name] for name in new) > LEDGER_BYTES:
+        _write_ledger(out, found)
     return found
+
+
+def _write_ledger(out: Storage, found: Sequence[Found]) -> None:
+    rows = [{**vars(each.part), "image_ids": each.image_ids} for each in found]
+    out.write_bytes(LEDGER_FILE, _to_parquet(pa.Table.from_pylist(rows, schema=LEDGER)))
+
+
+def _read_ledger(out: Storage) -> dict[str, Found]:
+    """By name; empty if there is none, or it is damaged."""
+    try:
+        table = decode_parquet(out.read_bytes(LEDGER_FILE), LEDGER, LARGEST_LEDGER)
+    except (FileNotFoundError, ValueError, pa.ArrowException):
+        return {}
+    rows = table.to_pylist()
+    return {row["name"]: Found(image_ids=tuple(row.pop("image_ids")), part=Part(**row)) for row in rows}
 
 
 def _read_part(name: str, content: bytes, product: Product) -> Found | None:

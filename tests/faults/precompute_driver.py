@@ -15,6 +15,7 @@ import ray
 
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
 from mis_platform.data.benchmarks import open_dataset
+from mis_platform.leases import hold
 from mis_platform.stages import precompute
 from mis_platform.storage import Storage
 
@@ -52,8 +53,8 @@ def main() -> None:
         precompute.in_whole_chunks = through_the_object_store
     resources = Resources(chunk_images=options.chunk, extractors=options.extractors)
     dataset, features = open_dataset(f"folder:{options.folder}"), FeaturesConfig(extractor="color_texture")
-    with options.out.lock():
-        output = precompute.precompute(dataset, features, DataConfig(), resources, options.out)
+    with hold(options.out) as out:
+        output = precompute.precompute(dataset, features, DataConfig(), resources, out)
     print(f"digest {output.digest}", flush=True)
 
 

@@ -32,6 +32,7 @@ DRIVER = f"""
 import sys
 from mis_platform.config import EvalConfig, Resources
 from mis_platform.data.benchmarks import open_dataset
+from mis_platform.leases import hold
 from mis_platform.stages import evaluate as stage
 from mis_platform.storage import Storage
 
@@ -39,9 +40,9 @@ stage.CHUNK_IMAGES = {CHUNK}
 stage.SILENT_SECONDS = 5.0
 root, model, out = sys.argv[1:]
 benchmark, resources = open_dataset("folder:" + root, split="val"), stage.Resources(use_gpu=False)
-with Storage(out).lock():
+with hold(Storage(out)) as held:
     output = stage.evaluate_model(
-        benchmark, Storage(model), EvalConfig(max_clicks={CONFIG.max_clicks}), {ZOOM}, resources, Storage(out)
+        benchmark, Storage(model), EvalConfig(max_clicks={CONFIG.max_clicks}), {ZOOM}, resources, held
     )
 print("digest", output.digest)
 """

@@ -92,6 +92,28 @@ def test_whole_parts_are_found_again(photos: Dataset, tmp_path: Path) -> None:
     assert sorted(image_id for each in found for image_id in each.image_ids) == sorted(photos.image_ids)
 
 
+def test_large_parts_are_read_once_over_all_attempts(
+    photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precompute, "LEDGER_BYTES", 0)
+    read: list[str] = []
+    read_part = precompute._read_part
+    monkeypatch.setattr(precompute, "_read_part", lambda name, *rest: (read.append(name), read_part(name, *rest))[1])
+    storage, rows = Storage(str(tmp_path)), expected_rows(photos)
+    early = [precompute.write_part(rows[start : start + 6], storage) for start in (0, 6)]
+    first = precompute.finished_parts(storage, photos.image_ids)
+    late = precompute.write_part(rows[12:18], storage)
+    again = precompute.finished_parts(storage, photos.image_ids)
+    assert {each.part for each in again} == {*early, late}
+    assert set(first) < set(again)
+    assert sorted(read) == sorted(part.name for part in [*early, late])
+    (tmp_path / early[0].name).unlink()
+    (tmp_path / early[1].name).write_bytes(b"torn")
+    assert [each.part for each in precompute.finished_parts(storage, photos.image_ids)] == [late]
+    storage.write_bytes(precompute.LEDGER_FILE, b"torn")
+    assert [each.part for each in precompute.finished_parts(storage, photos.image_ids)] == [late]
+
+
 def flip_byte(content: bytes) -> bytes:
     return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
 
