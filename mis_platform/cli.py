@@ -10,7 +10,7 @@ import enum
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,9 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what is don
 ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the experiment: paper, small or smoke.")]
 OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Only this row; repeat for more.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, max=100, help="Trainings of each row, with other seeds.")]
+UntrustedOption = Annotated[
+    bool, typer.Option("--untrusted", help="Decode files in a child process with limits (resources.untrusted=true).")
+]
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
 ]
@@ -79,12 +82,13 @@ def precompute(
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 if any photo was refused.")] = False,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Turn photos into merge trees: features, then Ward merging, one row an image."""
-    run, resources = _settings(assignments, dataset=dataset)
+    run, resources = _settings(assignments, untrusted, dataset=dataset)
     from mis_platform import pipeline
 
-    photos = pipeline.training_photos(run, data_root)
+    photos = pipeline.training_photos(run, data_root, resources.untrusted)
     stage = pipeline.trees_stage(photos, run, resources)
     if dry_run:
         return _print_plan([stage], root)
@@ -102,12 +106,13 @@ def train(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Train a click model on simulated interactions; makes the trees first if they are missing."""
-    run, resources = _settings(assignments, dataset=dataset)
+    run, resources = _settings(assignments, untrusted, dataset=dataset)
     from mis_platform import jobs, pipeline
 
-    photos = pipeline.training_photos(run, data_root)
+    photos = pipeline.training_photos(run, data_root, resources.untrusted)
     if dry_run:
         stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
         return _print_plan([stage], root)
@@ -133,16 +138,18 @@ def evaluate(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, how well proposals fit the objects."""
     from mis_platform.config import TRAINED, override
 
     if source and not proposals:
         raise ValueError("--source says which proposals to score; it needs --proposals")
-    run, resources = _settings(assignments, method=method)
+    run, resources = _settings(assignments, untrusted, method=method)
     from mis_platform import jobs, pipeline
 
-    benchmarks = [pipeline.benchmark(spec, data_root) for spec in dataset or run.eval_datasets]
+    specs = dataset or run.eval_datasets
+    benchmarks = [pipeline.benchmark(spec, data_root, resources.untrusted) for spec in specs]
     storage = _root(root)
     if proposals:
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
@@ -290,12 +297,14 @@ def data_verify(
     dataset: Annotated[str, typer.Option("--dataset", help="NAME or NAME:PATH.")],
     data_root: DataRootOption = None,
     split: Annotated[Split, typer.Option("--split", help="For datasets that have both.")] = Split.val,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Read every photo and mask of a dataset and report what is missing or broken (exit code 3 if anything is)."""
     from mis_platform.data import benchmarks
     from mis_platform.progress import Progress
 
-    opened = benchmarks.open_dataset(dataset, data_root, split="train" if split is Split.train else "val")
+    half: Literal["train", "val"] = "train" if split is Split.train else "val"
+    opened = benchmarks.open_dataset(dataset, data_root, half, untrusted)
     report = benchmarks.verify(opened, on_image=Progress("verify", len(opened), "images").update)
     typer.echo(str(report))
     if report.problems:
@@ -390,11 +399,12 @@ def _state(task: Any, prepared: "Sweep") -> str:
     return "done" if task.is_done(prepared.root, prepared.resources) else "missing"
 
 
-def _settings(assignments: list[str] | None, **named: Any) -> "tuple[Run, Resources]":
+def _settings(assignments: list[str] | None, untrusted: bool = False, **named: Any) -> "tuple[Run, Resources]":
     """Run and Resources with the command line's changes; `resources.*` names go to the latter."""
     from mis_platform.config import Resources, Run, override, split_resources
 
     deciding, wide = split_resources(assignments or [])
+    wide += ["untrusted=true"] if untrusted else []
     deciding += [f"{name}={value}" for name, value in named.items() if value is not None]
     return override(Run(), deciding), override(Resources(), wide)
 

@@ -303,6 +303,7 @@ class Resources(Settings):
     max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
     trials: int | None = Field(None, ge=1)  # rows of a sweep at once; None: as many as the GPUs allow, one without
     trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step or a click: a row that hangs
+    untrusted: bool = False  # decode photos and masks in a child process with limits on memory and time
 
 
 # What people type for a setting after the paper's symbols.

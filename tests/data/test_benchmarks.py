@@ -114,7 +114,7 @@ def test_masks_decode_as_opencv_does(tmp_path: Path) -> None:
         path = tmp_path / f"{picture.mode.replace(';', '')}.png"
         picture.save(path)
         expected = cv2.imread(str(path))[:, :, ::-1]
-        np.testing.assert_array_equal(masks._decode(path), expected, err_msg=picture.mode)
+        np.testing.assert_array_equal(masks._decode(path.read_bytes()), expected, err_msg=picture.mode)
 
 
 def voc_palette() -> np.ndarray:
