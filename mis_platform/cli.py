@@ -9,6 +9,7 @@ Everything heavy is imported inside the commands, after the settings are read: `
 import enum
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -311,6 +312,21 @@ def data_verify(
         raise typer.Exit(DATA)
 
 
+@data_app.command(name="unpack")
+def data_unpack(
+    file: Annotated[Path, typer.Argument(help="A zip, tar, tar.gz or tar.bz2 archive.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    sha256: Annotated[str | None, typer.Option("--sha256", help="What the archive's SHA-256 must be.")] = None,
+    max_gib: Annotated[int, typer.Option("--max-gib", min=1, help="Refuse more than this.")] = 1024,
+) -> None:
+    """Unpack a downloaded dataset: nothing leaves the folder, no links, no bombs, whole or not at all."""
+    from mis_platform.data import archives
+
+    unpacked = archives.unpack(file, out, sha256=sha256, max_bytes=max_gib * 2**30)
+    typer.echo(f"{unpacked.files} files, {unpacked.bytes / 2**20:.1f} MiB in {unpacked.folder}")
+    typer.echo(f"next: mis data verify --untrusted --dataset NAME:{unpacked.folder}")
+
+
 # -- shared ----------------------------------------------------------------------------------------------------------
 
 
@@ -479,10 +495,13 @@ def main() -> None:
             print("\nstopped; run the same command again to go on from here", file=sys.stderr)
         raise
     except Exception as error:
+        from mis_platform.redaction import scrub
+
         code = _exit_code(error)
-        if code is None:  # our fault: show everything
-            raise
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        if code is None:  # our fault: show everything but secrets
+            print(scrub(traceback.format_exc()), file=sys.stderr)
+            sys.exit(1)
+        print(f"Error: {scrub(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(code)
 
 

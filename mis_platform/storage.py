@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from mis_platform.redaction import scrub
+
 TEMPORARY = ".tmp-"
 
 
@@ -22,7 +24,7 @@ class StorageError(OSError):
     """The root cannot be read or written any more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Storage:
     """One directory. uri: a local path or any URI of `pyarrow.fs`; credentials come from the environment."""
 
@@ -39,7 +41,10 @@ class Storage:
         object.__setattr__(self, "uri", state["uri"])
 
     def __str__(self) -> str:
-        return self.uri
+        return scrub(self.uri)  # an address may hold a password
+
+    def __repr__(self) -> str:
+        return f"Storage({str(self)!r})"
 
     @cached_property
     def _target(self) -> tuple[pafs.FileSystem, str]:
@@ -49,7 +54,9 @@ class Storage:
             filesystem, base = pafs.FileSystem.from_uri(self.uri)
             return filesystem, base.rstrip("/")
         except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"--root {self.uri}: {error}; use a local path, s3://bucket/prefix or gs://...") from None
+            raise ValueError(
+                f"--root {self}: {scrub(str(error))}; use a local path, s3://bucket/prefix or gs://..."
+            ) from None
 
     @property
     def local(self) -> Path | None:
@@ -78,7 +85,7 @@ class Storage:
             with filesystem.open_output_stream(f"{base}/{name}", compression=None) as stream:
                 stream.write(data)
         except OSError as error:
-            raise StorageError(f"cannot write {name} in {self.uri}: {_reason(error)}") from error
+            raise StorageError(f"cannot write {name} in {self}: {_reason(error)}") from error
 
     def exists(self, name: str) -> bool:
         filesystem, base = self._target
@@ -115,7 +122,7 @@ class Storage:
             self.remove(probe)
         except OSError as error:
             reason = _reason(error.__cause__ if isinstance(error.__cause__, OSError) else error)
-            raise ValueError(f"cannot write to {self.uri}: {reason}; choose another --root") from None
+            raise ValueError(f"cannot write to {self}: {reason}; choose another --root") from None
 
     @contextlib.contextmanager
     def lock(self, name: str = ".lock") -> Iterator[None]:
@@ -133,9 +140,9 @@ class Storage:
                 handle = stack.enter_context(open(self.local / name, "w"))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StorageError(f"another mis process is working on {self.uri}; wait for it or stop it") from None
+                raise StorageError(f"another mis process is working on {self}; wait for it or stop it") from None
             except OSError as error:
-                raise StorageError(f"cannot lock {self.uri}: {_reason(error)}") from error
+                raise StorageError(f"cannot lock {self}: {_reason(error)}") from error
             yield
 
 

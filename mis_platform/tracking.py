@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mis_platform.artifacts import git_commit
+from mis_platform.redaction import scrub
 from mis_platform.storage import TEMPORARY, Storage
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ METRICS_IN_BATCH, PARAMS_IN_BATCH = 1000, 100  # limits of MLflow
 LONGEST_DIGEST = 36  # characters, limit of MLflow
 # What a store says that may answer next time; everything else it says is final.
 PASSING = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "ABORTED"}
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
-SHORTEST_SECRET = 6  # characters; a shorter value would blot out ordinary words
 LOCK, EVENTS = ".lock", "events.jsonl"
 
 Event = dict[str, Any]  # one thing to tell MLflow, as JSON values: see `_Sender`
@@ -78,7 +76,7 @@ def tracking_uri(root: Storage) -> str:
         return given
     if root.local is None:
         raise ValueError(
-            f"MLflow cannot keep its SQLite file on {scrub(root.uri)}; set MLFLOW_TRACKING_URI to your MLflow server, "
+            f"MLflow cannot keep its SQLite file on {root}; set MLFLOW_TRACKING_URI to your MLflow server, "
             "or to sqlite:////absolute/path/mlflow.db"
         )
     return f"sqlite:///{root.local / 'mlflow.db'}"
@@ -606,15 +604,6 @@ def _may_pass(error: Exception) -> bool:
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
-
-
-def scrub(text: str) -> str:
-    """`text` without passwords: neither those inside a URI nor the values of secret environment variables."""
-    text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, "***")
-    return text
 
 
 def _first_line(error: BaseException) -> str:

@@ -249,9 +249,7 @@ LAYOUTS: dict[str, Layout] = {
 _MAY_BE_FLAT = ("folder", "photos")  # a folder of photos will do
 
 
-def open_dataset(
-    spec: str, data_root: Path | None = None, split: Split = "train", untrusted: bool = False
-) -> Dataset:
+def open_dataset(spec: str, data_root: Path | None = None, split: Split = "train", untrusted: bool = False) -> Dataset:
     """The data set that `spec` names: NAME, to be found below `data_root`, or NAME:PATH.
 
     Names: the keys of LAYOUTS. `folder:PATH` is a folder with images/ and, if it is labelled, masks/ (one mask per

@@ -401,10 +401,12 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3]; the table of conversions is at the top."""
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.array(image, dtype=np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise ImageRefused(Reason.PIXELS_NOT_SUPPORTED, "32-bit integer pixels outside 0..65535 have no scale")
-        return _repeat_grey((grey + 128) // 257)
+        grey += 128  # in place: copies of 50 megapixels add up
+        grey //= 257
+        return _repeat_grey(grey)
     if image.mode == "F":
         values = np.asarray(image)
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
@@ -413,9 +415,13 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "LAB":
         image = _lab_to_rgb(image)
     elif image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque)
+        image = _over_white(image)
     return np.array(image.convert("RGB"))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    transparent = image if image.mode == "RGBA" else image.convert("RGBA")  # no copy of 50 megapixels
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), transparent)
 
 
 def _repeat_grey(grey: np.ndarray) -> np.ndarray:

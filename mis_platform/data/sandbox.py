@@ -1,9 +1,9 @@
 """A child process that decodes photos and masks of folders that nobody vouches for.
 
 Decoders are C code, and a file can be made to crash them, to keep them busy, or to fill the memory. Here this process
-only reads bytes; what they mean is found out by a child that may use 1 GiB of memory, 10 s of CPU and 60 s by the clock
-for a file, that can open neither files nor connections, and that has nothing of our environment. A child that dies or
-is late costs its one file, and the next file gets a new child.
+only reads bytes; what they mean is found out by a child that may use 1.5 GiB of memory, 10 s of CPU and 60 s by the
+clock for a file, that can open neither files nor connections, and that has nothing of our environment. A child that
+dies or is late costs its one file, and the next file gets a new child.
 
 What comes back are the arrays and the refusals of `images` and `masks`, unchanged. It is no answer to a decoder that
 runs foreign code: the child has its user's rights. A container is.
@@ -54,7 +54,7 @@ Named = tuple[str, np.ndarray]
 class Limits(NamedTuple):
     """What a child may use for a file."""
 
-    memory: int = 2**30  # bytes, beside what it has when it starts
+    memory: int = 3 * 2**29  # bytes, beside what it has when it starts; 50 megapixels of any kind need 1 GiB at most
     cpu: int = 10  # seconds
     wall: float = 60.0  # seconds
 
@@ -188,7 +188,7 @@ class _Child:
         described = answer.get("arrays")
         if not isinstance(described, list) or not all(isinstance(each, list) and len(each) == 3 for each in described):
             raise ValueError("no answer")
-        return [_array(*about, blob) for about, blob in zip(described, blobs, strict=True)]
+        return [_array(about, blob) for about, blob in zip(described, blobs, strict=True)]
 
     def end(self, is_late: bool) -> tuple[Reason, str]:
         """Reap it, and say how it ended."""
@@ -220,7 +220,8 @@ def _is_mask(array: np.ndarray) -> bool:
     return array.dtype == np.int8 and array.ndim == 2
 
 
-def _array(name: Any, dtype: Any, shape: Any, blob: bytearray) -> Named:
+def _array(about: list[Any], blob: bytearray) -> Named:
+    name, dtype, shape = about
     sides = shape if isinstance(shape, list) else [None]
     if dtype not in [*_DTYPES] or not all(type(side) is int for side in sides):
         raise ValueError("no array")
@@ -287,11 +288,12 @@ def serve(handle: int) -> None:
     _send(connection, {}, [], math.inf)
     while True:
         try:
-            question, (content,) = _receive(connection, math.inf)
+            question, blobs = _receive(connection, math.inf)
         except ConnectionError:
             return
         _allow_cpu(limits.cpu)
-        answer, arrays = _answer(question, bytes(content))
+        content = bytes(blobs.pop())
+        answer, arrays = _answer(question, content)
         del content
         _send(connection, answer, [np.ascontiguousarray(array) for array in arrays], math.inf)
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray.data
 import torch
+from hostile_files import hostile_photos, write_all
 from PIL import Image
 
 from mis_platform.artifacts import Output, Part, Stage, combine_digests, ensure, read_manifest
@@ -372,6 +373,34 @@ def test_bad_photos_change_no_other_row(undisturbed: tuple[Path, Output], tmp_pa
     assert {stage for stage, _ in listed.values()} == {"list"}
     assert len(listed) == 2, "the pipe and the link to a device"
     assert output.summary["quarantined"] == len(found) == len(expected) + 3
+
+
+@pytest.mark.ray
+def test_untrusted_photos_give_the_same_trees(
+    undisturbed: tuple[Path, Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of hostile photo among the good ones, decoded in children."""
+    write_photos(tmp_path / "photos", 24)
+    hostile = hostile_photos()
+    write_all(tmp_path / "photos", hostile)
+    dataset = open_dataset(f"folder:{tmp_path / 'photos'}", untrusted=True)
+    output = run(dataset, tmp_path / "out", chunk_images=8, extractors=2)
+    assert output.digest == undisturbed[1].digest
+    assert rows_in(tmp_path / "out") == rows_in(undisturbed[0])
+    twice = ("half.jpg", "half.png")  # equal stems keep their suffix
+    ids = {name: name if name in twice else Path(name).stem for name in hostile}
+    expected = {ids[name]: ("decode", reason.value) for name, (_, reason) in hostile.items()}
+    assert quarantine_in(tmp_path / "out") == expected
+
+    def decoder_called(*_: object, **__: object) -> None:
+        raise AssertionError("the worker called a decoder")
+
+    monkeypatch.setattr(Image, "open", decoder_called)  # here, as a worker would
+    worker = precompute.ChunkWorker(FEATURES, DataConfig(), Storage(str(tmp_path / "again")), untrusted=True)
+    photo = ("photo_000", os.fsencode(dataset.image_path("photo_000")))
+    assert isinstance(worker.row(photo), dict)
+    with pytest.raises(AssertionError):
+        precompute.decode(photo, DataConfig())
 
 
 @pytest.mark.ray
