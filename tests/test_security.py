@@ -1,14 +1,45 @@
 """What may not be in the source, what may not be in the output, and who may connect."""
 
 import ast
-from collections.abc import Iterator
+import http.client
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import ray
+from hostile_files import encoded, hostile_photos, picture, write_all
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+from mis_platform import cli
+from mis_platform.redaction import scrub
+from mis_platform.storage import Storage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = ("mis_platform", "experiments", "benchmarks", "cluster")
+
+
+def mis(*arguments: str) -> int:
+    """Exit code of `mis ARGUMENTS`, run in this process."""
+    argv, sys.argv = sys.argv, ["mis", *arguments]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = argv
+    return int(stop.value.code or 0)
+
 
 # -- foreign code (S1) -----------------------------------------------------------------------------------------------
 
@@ -237,3 +268,189 @@ def test_every_exception_is_needed() -> None:
         found = {what for _, what, _ in violations((REPOSITORY / each.file).read_text(encoding="utf8"))}
         assert each.what in found, f"{each.file} has no {each.what} any more"
         assert each.reason, f"why may {each.file} have {each.what}?"
+
+
+# -- secrets (S6) ----------------------------------------------------------------------------------------------------
+
+PASSWORD = "canary-pw-7f3a"
+CANARIES = {
+    "AWS_ACCESS_KEY_ID": "canary-id-81c2",
+    "AWS_SECRET_ACCESS_KEY": "canary-aws-5d1f",
+    "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-90ab",
+    "HF_TOKEN": "canary-hub-33ee",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("s3://key:secret@bucket/x", "s3://***@bucket/x"),
+        ("postgresql://me:p@ss@host:5432/db", "postgresql://***@host:5432/db"),
+        ("see http://u:p@a/x, https://v:q@b/y", "see http://***@a/x, https://***@b/y"),
+        ("https://host/x?access_token=abc&page=2", "https://host/x?access_token=***&page=2"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("mail me@example.org", "mail me@example.org"),
+        ("key canary-aws-5d1f.", "key ***."),
+    ],
+)
+def test_scrubbed_text(text: str, clean: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARIES["AWS_SECRET_ACCESS_KEY"])
+    assert scrub(text) == clean
+
+
+def test_an_address_with_a_password_is_never_printed() -> None:
+    storage = Storage(f"s3://user:{PASSWORD}@bucket/x").child("trees")
+    assert PASSWORD in storage.uri, "it is needed to connect"
+    assert str(storage) == "s3://***@bucket/x/trees"
+    assert PASSWORD not in f"{storage} {storage!r} {[storage]}"
+
+
+@pytest.mark.parametrize("root", ["ftp://user:{}@host/x", "s3://user:{}@bucket/x?no_such=1"])
+def test_errors_about_the_root_hide_its_password(
+    root: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:  # fmt: skip
+    (tmp_path / "a.png").write_bytes(encoded(picture(), "PNG"))
+    extractor = ("--set", "features.extractor=color_texture")
+    assert mis("precompute", "--dataset", f"folder:{tmp_path}", "--root", root.format(PASSWORD), *extractor) == 2
+    printed = capsys.readouterr()
+    assert "***" in printed.err
+    assert PASSWORD not in printed.out + printed.err
+
+
+def test_a_crash_hides_secrets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError(f"login with {CANARIES['HF_TOKEN']} at http://u:{PASSWORD}@host failed")
+
+    monkeypatch.setenv("HF_TOKEN", CANARIES["HF_TOKEN"])
+    monkeypatch.setattr("mis_platform.data.benchmarks.list_datasets", broken)
+    assert mis("data", "list") == 1
+    printed = capsys.readouterr()
+    assert "Traceback" in printed.err
+    assert "RuntimeError: login with *** at http://***@host failed" in printed.err
+    assert not any(secret in printed.out + printed.err for secret in (PASSWORD, CANARIES["HF_TOKEN"]))
+
+
+def files_with(folder: Path, secrets: Iterable[str]) -> list[str]:
+    """Which files below hold one of the secrets, in text or in a database."""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    contents = ((file, file.read_bytes()) for file in files)
+    return [f"{file}: {secret}" for file, content in contents for secret in secrets if secret.encode() in content]
+
+
+TINY = [
+    *("--set", "features.extractor=color_texture", "--set", "resources.log_every=1"),
+    *("--set", "model.variant=vit_xt", "--set", "model.init=random", "--set", "model.image_size=224"),
+    *("--set", "train.batch_size=1", "--set", "train.max_steps=1", "--set", "eval.max_clicks=1"),
+]
+
+
+@pytest.mark.ray
+def test_no_secret_is_written_by_precompute(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    write_all(tmp_path / "photos", hostile_photos())
+    (tmp_path / "photos" / "good.png").write_bytes(encoded(picture(), "PNG"))
+    dataset = f"folder:{tmp_path / 'photos'}"
+    assert mis("precompute", "--dataset", dataset, "--root", str(tmp_path / "root"), *TINY) == 0
+    printed = capfd.readouterr()
+    assert (tmp_path / "root" / "trees").exists()
+    assert not files_with(tmp_path / "root", CANARIES.values())
+    assert not any(secret in printed.out + printed.err for secret in CANARIES.values())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_no_secret_is_written_by_a_training(tmp_path: Path) -> None:
+    """Everything a new cluster, a training and its record leave on disk, with a tracking server that is down."""
+    secrets = {**CANARIES, "RAY_AUTH_TOKEN": "canary-ray-b1b2c3d4e5f60718", "AWS_SESSION_TOKEN": "canary-sts-42"}
+    (tmp_path / "photos").mkdir()
+    for seed in range(3):
+        (tmp_path / "photos" / f"{seed}.png").write_bytes(encoded(picture(160, 200, seed=seed), "PNG"))
+    home = Path(tempfile.mkdtemp(prefix="mis-", dir="/tmp"))  # short: Ray's socket paths end at 107 bytes
+    tracking = {"MLFLOW_TRACKING_URI": f"http://user:{PASSWORD}@127.0.0.1:9", "RAY_TMPDIR": str(home / "r")}
+    environment = {**os.environ, **secrets, **tracking, "HOME": str(home)}
+    environment.pop("RAY_ADDRESS", None)
+    arguments = ["--dataset", f"folder:{tmp_path / 'photos'}", "--root", str(tmp_path / "root"), *TINY]
+    try:
+        for command in ("precompute", "train"):
+            done = subprocess.run(
+                [sys.executable, "-m", "mis_platform.cli", command, *arguments],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=400,
+                cwd=tmp_path,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert not [each for each in (*secrets.values(), PASSWORD) if each in done.stdout + done.stderr]
+        assert list((tmp_path / "root").rglob("events.jsonl")), "the record waits for the server"
+        found = files_with(tmp_path, [*secrets.values(), PASSWORD]) + files_with(home, [*secrets.values(), PASSWORD])
+        assert not found, "\n".join(found)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+# -- who may connect (S2, S3) ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_cluster_that_we_start_asks_for_its_token(ray_cluster: None) -> None:
+    """Its dashboard, which can run jobs, is on the loopback address and refuses who has no token or a wrong one."""
+    assert is_token_auth_enabled()
+    url = ray._private.worker._global_node.webui_url
+    assert url.startswith("127.0.0.1:")
+    answers = {}
+    for name, header in {"none": {}, "wrong": {"Authorization": "Bearer " + "0" * 64}}.items():
+        connection = http.client.HTTPConnection(url, timeout=20)
+        connection.request("GET", "/api/jobs/", headers=header)
+        answers[name] = connection.getresponse().status
+        connection.close()
+    assert set(answers.values()) <= {401, 403}, answers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_ui_listens_on_the_loopback_address_only(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mis_platform.cli", "ui", "--root", str(tmp_path), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := listening_on(port)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert found == {"0100007F"}, "127.0.0.1 as the kernel writes it"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(10)
+
+
+def listening_on(port: int) -> set[str]:
+    """Local addresses, in hexadecimal, of sockets that listen on a TCP port of this machine."""
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and int(line[1].split(":")[1], 16) == port}
+
+
+# -- versions (S8) ---------------------------------------------------------------------------------------------------
+
+FLOORS = {"pillow": (12, 3), "mlflow": (3, 16, 1), "ray": (2, 52), "torch": (2, 6)}  # with known holes closed
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_versions_with_known_holes_are_ruled_out(package: str) -> None:
+    """By pyproject.toml, by constraints.txt, and here."""
+    floor = FLOORS[package]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (wanted,) = [each for each in project["dependencies"] if re.match(rf"{package}\b", each)]
+    pinned = re.search(rf"(?im)^{package}==(\S+)$", (REPOSITORY / "constraints.txt").read_text())
+    assert pinned is not None
+    lowest = re.search(r">=([\d.]+)", wanted)
+    assert lowest is not None
+    for version in (lowest.group(1), pinned.group(1), importlib.metadata.version(package)):
+        assert tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= floor, version
