@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from mis_platform.config import Resources, Run
+    from mis_platform.data.benchmarks import Dataset
     from mis_platform.storage import Storage
     from mis_platform.sweep import Sweep
 
@@ -140,6 +141,9 @@ def evaluate(
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
     untrusted: UntrustedOption = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave out images whose files are missing, instead of exit code 3.")
+    ] = False,
 ) -> None:
     """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, how well proposals fit the objects."""
     from mis_platform.config import TRAINED, override
@@ -151,6 +155,8 @@ def evaluate(
 
     specs = dataset or run.eval_datasets
     benchmarks = [pipeline.benchmark(spec, data_root, resources.untrusted) for spec in specs]
+    if allow_missing:
+        benchmarks = [_without_missing(benchmark) for benchmark in benchmarks]
     storage = _root(root)
     if proposals:
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
@@ -437,6 +443,15 @@ def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None
         return run.model_copy(update={"eval": own}), None
     words = [config["family"], config["variant"], config.get("refine"), config["source"].get("file")]
     return run.model_copy(update={"eval": own}), " ".join(word for word in words if word)
+
+
+def _without_missing(benchmark: "Dataset") -> "Dataset":
+    whole, missing = benchmark.without_missing()
+    if missing:
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        about = f"{benchmark.name}: {len(missing)} of {len(benchmark)} images are left out, files are missing"
+        typer.echo(f"{about} ({names}); the score is not comparable", err=True)
+    return whole
 
 
 def _root(root: str) -> "Storage":

@@ -112,6 +112,31 @@ def test_show_lists_every_setting_and_marks_changes(photos, capsys, tmp_path):
     assert "(default 0.9)" in printed
 
 
+@pytest.fixture
+def half_labelled(photos: Path) -> Path:
+    """Three photos, one with a mask."""
+    for name in "abc":
+        (photos / "images").mkdir(exist_ok=True)
+        (photos / f"{name}.png").rename(photos / "images" / f"{name}.png")
+    (photos / "masks").mkdir()
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 10:30] = 255
+    Image.fromarray(mask).save(photos / "masks" / "a.png")
+    return photos
+
+
+def test_images_without_masks_are_left_out_on_request_only(half_labelled, capsys, tmp_path):
+    arguments = ["eval", "--method", "geodesic", "--dataset", f"folder:{half_labelled}", "--root", str(tmp_path / "r")]
+    assert mis(*arguments, "--dry-run", "--allow-missing") == 0
+    printed = capsys.readouterr()
+    assert "2 of 3 images are left out, files are missing (b, c); the score is not comparable" in printed.err
+    assert mis(*arguments, "--dry-run") == 0
+    assert capsys.readouterr().out != printed.out, "another benchmark has another address"
+    (half_labelled / "masks" / "a.png").rename(half_labelled / "masks" / "z.png")
+    assert mis(*arguments, "--allow-missing") == 3
+    assert "none of the 3 images" in capsys.readouterr().err
+
+
 def test_verify_finds_a_broken_photo(photos, capsys):
     (photos / "d.png").write_bytes((photos / "a.png").read_bytes()[:100])
     assert mis("data", "verify", "--dataset", f"folder:{photos}") == 3

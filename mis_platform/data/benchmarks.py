@@ -173,6 +173,21 @@ class Dataset:
             total.update(hashlib.sha256(f"{sample.image_id!r}\n{content}".encode()).digest())
         return total.hexdigest()
 
+    def without_missing(self) -> tuple["Dataset", tuple[str, ...]]:
+        """Only the samples whose image and masks are there, and the ids of the others.
+
+        Raises DataError when nothing is left.
+        """
+        whole = tuple(sample for sample in self.samples if self._is_there(sample))
+        if not whole:
+            raise DataError(f"none of the {len(self)} images of {self.name} in {self.root} has its mask")
+        kept = {sample.image_id for sample in whole}
+        return replace(self, samples=whole), tuple(each for each in self.image_ids if each not in kept)
+
+    def _is_there(self, sample: Sample) -> bool:
+        files = [sample.image, *(mask.file for mask in sample.masks)]
+        return bool(sample.masks) and all(os.path.exists(self.root / file) for file in files)
+
     def alone(self, image_id: str) -> "Dataset":
         """Only this image."""
         return replace(self, samples=(self._by_id[image_id],), refused=(), notes=())

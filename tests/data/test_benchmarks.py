@@ -356,6 +356,19 @@ def test_verify_lists_everything_that_is_wrong(tmp_path: Path) -> None:
         dataset.read_objects("twice")
 
 
+def test_samples_with_missing_files_can_be_left_out(tmp_path: Path) -> None:
+    write_sbd(tmp_path, {}, {"a": square(1), "b": square(1), "c": square(1)})
+    dataset = open_dataset(f"sbd:{tmp_path}", split="val")
+    assert dataset.without_missing() == (dataset, ())
+    (tmp_path / "inst" / "a.mat").unlink()
+    (tmp_path / "img" / "c.jpg").unlink()
+    whole, missing = dataset.without_missing()
+    assert (whole.image_ids, missing) == (("b",), ("a", "c"))
+    (tmp_path / "inst" / "b.mat").unlink()
+    with pytest.raises(DataError, match="none of the 3 images"):
+        dataset.without_missing()
+
+
 def test_verify_follows_the_list_of_sbd(tmp_path: Path) -> None:
     write_sbd(tmp_path, {"a": square(1)}, {"b": square(1), "c": square(1), "d": square(1)})
     (tmp_path / "img" / "b.jpg").unlink()
