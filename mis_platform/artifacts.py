@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mis_platform.config import differences, fingerprint, plain
 from mis_platform.errors import FingerprintMismatch
 from mis_platform.storage import Storage
 
 MANIFEST = "manifest.json"
+_TEXTS = ("stage", "fingerprint", "digest")  # of a manifest
 PACKAGES = ("mis-platform", "ray", "torch", "timm", "numpy", "numba", "opencv-python-headless", "pillow", "pyarrow")
 
 
@@ -128,13 +129,28 @@ def read_manifest(directory: Storage) -> dict[str, Any]:
     """Raises ValueError when there is none or it is not one of ours."""
     try:
         manifest = json.loads(directory.read_bytes(MANIFEST))
-        if isinstance(manifest, dict) and {"stage", "fingerprint", "parts", "digest"} <= manifest.keys():
-            return manifest
+        if _is_manifest(manifest):
+            return cast(dict[str, Any], manifest)
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {MANIFEST}: the artifact is missing or unfinished") from None
     except (ValueError, RecursionError):
         pass
     raise ValueError(f"{directory}/{MANIFEST} is damaged; remove it and run the command again")
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether it has what its readers rely on, in the right types."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in _TEXTS):
+        return False
+    parts, summary = value.get("parts"), value.get("summary", {})
+    return isinstance(parts, list) and isinstance(summary, dict) and all(map(_is_part, parts))
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, dict) or type(value.get("rows")) is not int:
+        return False
+    name = value.get("name")
+    return isinstance(name, str) and name.isprintable() and isinstance(value.get("sha256"), str)
 
 
 def check_identity(stage: Stage, manifest: Mapping[str, Any]) -> None:
