@@ -17,13 +17,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import ray
 from hostile_files import encoded, hostile_photos, picture, write_all
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from mis_platform import cli
+from mis_platform.artifacts import Output, Stage, write_manifest
+from mis_platform.data.benchmarks import LAYOUTS, open_dataset
+from mis_platform.data.trees import TreeReader, tree_row
+from mis_platform.errors import DataError
 from mis_platform.redaction import scrub
+from mis_platform.simulation.ward import merge
+from mis_platform.stages.precompute import write_part
 from mis_platform.storage import Storage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -391,6 +398,40 @@ def test_no_secret_is_written_by_a_training(tmp_path: Path) -> None:
         assert not found, "\n".join(found)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+# -- names (S5, S11) -------------------------------------------------------------------------------------------------
+
+NAMES = [
+    *("../../etc/x", "/etc/x", "..", "a/../../b", "%2e%2e/x", "x#fragment", "x?query", "x;rm -rf /", "$(id)", "`id`"),
+    *("-rf", "two words", "line%0Abreak", "é", "e\u0301", "\N{GRINNING FACE}", "<img src=x onerror=alert(1)>"),
+    *("a" * 255, "|pipe", "CON"),
+]
+
+
+def test_ids_go_through_parquet_and_make_no_file_names(tmp_path: Path) -> None:
+    """Twenty hostile image ids come back as they were; files are named by digests of them."""
+    assert len(NAMES) == 20
+    tree = merge(np.arange(24, dtype=np.float32).reshape(6, 4), (2, 3))
+    out = Storage(str(tmp_path / "trees"))
+    parts = [write_part([tree_row(name, (20, 30), tree)], out) for name in NAMES]
+    stage = Stage(name="trees", version=1, config={}, run=lambda inputs, out: Output(parts=(), digest=""))
+    write_manifest(stage, Output(parts=tuple(parts), digest="0"), out)
+    reader = TreeReader(out)
+    assert sorted(reader.image_ids) == sorted(NAMES)
+    for name in NAMES:
+        np.testing.assert_array_equal(reader.tree(name).children, tree.children)
+    files = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert all(re.fullmatch(r"trees/(trees-[0-9a-f]{16}\.parquet|manifest\.json)", file) for file in files), files
+    assert len(files) == 21
+
+
+def test_names_of_data_sets_can_be_parts_of_paths() -> None:
+    """Directories, artifacts and metrics are named after them; no other data set can be opened."""
+    assert all(re.fullmatch(r"[a-z_]+", name) for name in LAYOUTS)
+    for name in NAMES:
+        with pytest.raises(DataError, match="unknown data set"):
+            open_dataset(f"{name}:/")
 
 
 # -- who may connect (S2, S3) ----------------------------------------------------------------------------------------
