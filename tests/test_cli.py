@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,28 @@ def test_images_without_masks_are_left_out_on_request_only(half_labelled, capsys
     (half_labelled / "masks" / "a.png").rename(half_labelled / "masks" / "z.png")
     assert mis(*arguments, "--allow-missing") == 3
     assert "none of the 3 images" in capsys.readouterr().err
+
+
+def test_an_archive_is_unpacked_and_verified(photos, capsys, tmp_path):
+    archive, out = tmp_path / "photos.zip", tmp_path / "unpacked"
+    with zipfile.ZipFile(archive, "w") as writer:
+        for file in photos.iterdir():
+            writer.write(file, file.name)
+    wrong = ["data", "unpack", str(archive), "--out", str(out), "--sha256"]
+    assert mis(*wrong, "0" * 64) == 3
+    assert "is not the file it should be" in capsys.readouterr().err
+    assert mis(*wrong, "no digest") == 2
+    assert mis("data", "unpack", str(archive), "--out", str(out)) == 0
+    assert "3 files" in capsys.readouterr().out
+    assert mis("data", "unpack", str(archive), "--out", str(out)) == 2
+    assert "in use" in capsys.readouterr().err
+    (out / "d.png").write_bytes(b"no photo")
+    found = []
+    for option in ([], ["--untrusted"]):
+        assert mis("data", "verify", "--dataset", f"folder:{out}", *option) == 3
+        found.append(capsys.readouterr().out)
+    assert "unreadable image" in found[0]
+    assert found[0] == found[1]
 
 
 def test_verify_finds_a_broken_photo(photos, capsys):
