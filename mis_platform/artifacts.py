@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mis_platform.config import differences, fingerprint, plain
 from mis_platform.errors import DataError, FingerprintMismatch
@@ -25,6 +25,7 @@ from mis_platform.storage import Storage
 MANIFEST = "manifest.json"
 REPAIR = "`mis verify` tells all that is wrong, and with --repair makes it again"
 HASHED_BYTES = 2**30  # of an input: its checksums are looked at before a stage begins, up to a few seconds' worth
+_TEXTS = ("stage", "fingerprint", "digest")  # of a manifest
 PACKAGES = ("mis-platform", "ray", "torch", "timm", "numpy", "numba", "opencv-python-headless", "pillow", "pyarrow")
 
 
@@ -158,8 +159,8 @@ def read_manifest(directory: Storage) -> dict[str, Any]:
     """Raises ValueError when there is none or it is not one of ours."""
     try:
         manifest = json.loads(directory.read_bytes(MANIFEST))
-        if isinstance(manifest, dict) and {"stage", "fingerprint", "parts", "digest"} <= manifest.keys():
-            return manifest
+        if _is_manifest(manifest):
+            return cast(dict[str, Any], manifest)
     except FileNotFoundError:
         raise ValueError(f"{directory} has no {MANIFEST}: the artifact is missing or unfinished") from None
     except (ValueError, RecursionError):
@@ -183,6 +184,21 @@ def check_whole(directory: Storage) -> None:
             f"{len(wrong)} of {len(parts)} parts of {directory} are damaged or missing: {', '.join(wrong[:3])}"
             f"{', ...' if len(wrong) > 3 else ''}; {REPAIR}"
         )
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether it has what its readers rely on, in the right types."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in _TEXTS):
+        return False
+    parts, summary = value.get("parts"), value.get("summary", {})
+    return isinstance(parts, list) and isinstance(summary, dict) and all(map(_is_part, parts))
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, dict) or type(value.get("rows")) is not int:
+        return False
+    name = value.get("name")
+    return isinstance(name, str) and name.isprintable() and isinstance(value.get("sha256"), str)
 
 
 def check_identity(stage: Stage, manifest: Mapping[str, Any]) -> None:

@@ -11,14 +11,16 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from mis_platform.config import Resources, Run
+    from mis_platform.data.benchmarks import Dataset
     from mis_platform.storage import Storage
     from mis_platform.submission import Cluster
     from mis_platform.sweep import Sweep
@@ -65,6 +67,9 @@ DASHBOARD = "http://127.0.0.1:8265"
 AddressOption = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the cluster's head.")
 ]
+UntrustedOption = Annotated[
+    bool, typer.Option("--untrusted", help="Decode files in a child process with limits (resources.untrusted=true).")
+]
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
 ]
@@ -90,12 +95,13 @@ def precompute(
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 if any photo was refused.")] = False,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Turn photos into merge trees: features, then Ward merging, one row an image."""
-    run, resources = _settings(assignments, dataset=dataset)
+    run, resources = _settings(assignments, untrusted, dataset=dataset)
     from mis_platform import pipeline
 
-    photos = pipeline.training_photos(run, data_root)
+    photos = pipeline.training_photos(run, data_root, resources.untrusted)
     stage = pipeline.trees_stage(photos, run, resources)
     if dry_run:
         return _print_plan([stage], root)
@@ -113,12 +119,13 @@ def train(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Train a click model on simulated interactions; makes the trees first if they are missing."""
-    run, resources = _settings(assignments, dataset=dataset)
+    run, resources = _settings(assignments, untrusted, dataset=dataset)
     from mis_platform import jobs, pipeline
 
-    photos = pipeline.training_photos(run, data_root)
+    photos = pipeline.training_photos(run, data_root, resources.untrusted)
     if dry_run:
         stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
         return _print_plan([stage], root)
@@ -144,16 +151,23 @@ def evaluate(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
+    untrusted: UntrustedOption = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Leave out images whose files are missing, instead of exit code 3.")
+    ] = False,
 ) -> None:
     """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, how well proposals fit the objects."""
     from mis_platform.config import TRAINED, override
 
     if source and not proposals:
         raise ValueError("--source says which proposals to score; it needs --proposals")
-    run, resources = _settings(assignments, method=method)
+    run, resources = _settings(assignments, untrusted, method=method)
     from mis_platform import jobs, pipeline
 
-    benchmarks = [pipeline.benchmark(spec, data_root) for spec in dataset or run.eval_datasets]
+    specs = dataset or run.eval_datasets
+    benchmarks = [pipeline.benchmark(spec, data_root, resources.untrusted) for spec in specs]
+    if allow_missing:
+        benchmarks = [_without_missing(benchmark) for benchmark in benchmarks]
     storage = _root(root)
     if proposals:
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
@@ -437,12 +451,14 @@ def data_verify(
     dataset: Annotated[str, typer.Option("--dataset", help="NAME or NAME:PATH.")],
     data_root: DataRootOption = None,
     split: Annotated[Split, typer.Option("--split", help="For datasets that have both.")] = Split.val,
+    untrusted: UntrustedOption = False,
 ) -> None:
     """Read every photo and mask of a dataset and report what is missing or broken (exit code 3 if anything is)."""
     from mis_platform.data import benchmarks
     from mis_platform.progress import Progress
 
-    opened = benchmarks.open_dataset(dataset, data_root, split="train" if split is Split.train else "val")
+    half: Literal["train", "val"] = "train" if split is Split.train else "val"
+    opened = benchmarks.open_dataset(dataset, data_root, half, untrusted)
     report = benchmarks.verify(opened, on_image=Progress("verify", len(opened), "images").update)
     typer.echo(str(report))
     if report.problems:
@@ -464,6 +480,21 @@ def cluster_validate(
     typer.echo(f"{errors} errors, {len(findings) - errors} warnings", err=True)
     if errors:
         raise typer.Exit(USAGE)
+
+
+@data_app.command(name="unpack")
+def data_unpack(
+    file: Annotated[Path, typer.Argument(help="A zip, tar, tar.gz or tar.bz2 archive.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    sha256: Annotated[str | None, typer.Option("--sha256", help="What the archive's SHA-256 must be.")] = None,
+    max_gib: Annotated[int, typer.Option("--max-gib", min=1, help="Refuse more than this.")] = 1024,
+) -> None:
+    """Unpack a downloaded dataset: nothing leaves the folder, no links, no bombs, whole or not at all."""
+    from mis_platform.data import archives
+
+    unpacked = archives.unpack(file, out, sha256=sha256, max_bytes=max_gib * 2**30)
+    typer.echo(f"{unpacked.files} files, {unpacked.bytes / 2**20:.1f} MiB in {unpacked.folder}")
+    typer.echo(f"next: mis data verify --untrusted --dataset NAME:{unpacked.folder}")
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------
@@ -588,11 +619,12 @@ def _state(task: Any, prepared: "Sweep") -> str:
     return "done" if task.is_done(prepared.root, prepared.resources) else "missing"
 
 
-def _settings(assignments: list[str] | None, **named: Any) -> "tuple[Run, Resources]":
+def _settings(assignments: list[str] | None, untrusted: bool = False, **named: Any) -> "tuple[Run, Resources]":
     """Run and Resources with the command line's changes; `resources.*` names go to the latter."""
     from mis_platform.config import Resources, Run, override, split_resources
 
     deciding, wide = split_resources(assignments or [])
+    wide += ["untrusted=true"] if untrusted else []
     deciding += [f"{name}={value}" for name, value in named.items() if value is not None]
     return override(Run(), deciding), override(Resources(), wide)
 
@@ -609,6 +641,15 @@ def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None
         return run.model_copy(update={"eval": own}), None
     words = [config["family"], config["variant"], config.get("refine"), config["source"].get("file")]
     return run.model_copy(update={"eval": own}), " ".join(word for word in words if word)
+
+
+def _without_missing(benchmark: "Dataset") -> "Dataset":
+    whole, missing = benchmark.without_missing()
+    if missing:
+        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        about = f"{benchmark.name}: {len(missing)} of {len(benchmark)} images are left out, files are missing"
+        typer.echo(f"{about} ({names}); the score is not comparable", err=True)
+    return whole
 
 
 def _root(root: str) -> "Storage":
@@ -712,17 +753,24 @@ def main() -> None:
             if stop == INTERRUPTED or isinstance(error, KeyboardInterrupt):
                 print("\nstopped; run the same command again to go on from here", file=sys.stderr)
                 sys.exit(INTERRUPTED)
-            raise
+            if isinstance(error, SystemExit):
+                raise
+            from mis_platform.redaction import scrub
+
+            print(scrub(traceback.format_exc()), file=sys.stderr)  # our fault: show everything but secrets
+            sys.exit(1)
 
 
 def _main() -> None:
     try:
         app()
     except Exception as error:
+        from mis_platform.redaction import scrub
+
         code = _exit_code(error)
-        if code is None:  # our fault: show everything
+        if code is None:
             raise
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"Error: {scrub(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(code)
 
 

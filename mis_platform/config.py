@@ -304,6 +304,7 @@ class Resources(Settings):
     worker_silence: float = Field(100.0, gt=0)  # seconds without a sign of life: a training worker that hangs
     trials: int | None = Field(None, ge=1)  # rows of a sweep at once; None: as many as the GPUs allow, one without
     trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step or a click: a row that hangs
+    untrusted: bool = False  # decode photos and masks in a child process with limits on memory and time
 
 
 # What people type for a setting after the paper's symbols.

@@ -10,7 +10,6 @@ from mis_platform import figures, jobs, pipeline, report
 from mis_platform.comparison import Comparison, Outcome
 from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import read_image
 from mis_platform.data.proposals import ProposalReader
 from mis_platform.data.trees import TreeReader
 from mis_platform.evaluation.noc import keep_last
@@ -82,7 +81,7 @@ def proposals(benchmark: Dataset, runs: Mapping[str, Run], resources: Resources,
     known = [image_id for image_id in benchmark.image_ids if all(image_id in each for each in readers.values())]
     return {
         f"{benchmark.name}-{number}.png": figures.proposal_panels(
-            read_image(benchmark.image_path(image_id)),
+            benchmark.read_image(image_id),
             {title: labels for name, each in readers.items() for title, labels in _panels(name, each, image_id)},
         )
         for number, image_id in enumerate(known[:IMAGES])

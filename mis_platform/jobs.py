@@ -15,7 +15,6 @@ from mis_platform import figures, pipeline, report, tracking
 from mis_platform.artifacts import MANIFEST, Stage, ensure, read_manifest, sha256
 from mis_platform.config import Resources, Run, build, fingerprint, flatten, plain
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import read_image
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, parse_config
@@ -259,7 +258,7 @@ def draw_objects(benchmark: Dataset, replay: Replay, clicks: Storage, count: int
 
 
 def _draw_object(benchmark: Dataset, replay: Replay, table: Any, image_id: str, object_id: str) -> Any:
-    image = read_image(benchmark.image_path(image_id))
+    image = benchmark.read_image(image_id)
     target = next(each.mask for each in benchmark.read_objects(image_id) if each.object_id == object_id)
     made, ious = report.clicks_on(table, image_id, object_id)
     return figures.clicks_and_masks(image, target, made, replay(image, made), ious)

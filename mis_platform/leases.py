@@ -59,7 +59,7 @@ class LeaseFence:
         now = read_lease(_opened(self.uri))
         if now is None or now.attempt != self.mine.attempt:
             other = "its lease was removed" if now is None else f"{now} has taken over"
-            raise StorageError(f"{self.mine} must not write {name} in {self.uri} any more: {other}")
+            raise StorageError(f"{self.mine} must not write {name} in {_opened(self.uri)} any more: {other}")
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ TARGETS = ("trees", "proposals")  # names of the stages that make what a trainin
 OnMetrics = Callable[[int, dict[str, float]], None]
 
 
-def training_photos(run: Run, data_root: Path | None) -> Dataset:
-    return open_dataset(run.dataset, data_root, split="train")
+def training_photos(run: Run, data_root: Path | None, untrusted: bool = False) -> Dataset:
+    return open_dataset(run.dataset, data_root, split="train", untrusted=untrusted)
 
 
-def benchmark(spec: str, data_root: Path | None) -> Dataset:
-    return open_dataset(spec, data_root, split="val")
+def benchmark(spec: str, data_root: Path | None, untrusted: bool = False) -> Dataset:
+    return open_dataset(spec, data_root, split="val", untrusted=untrusted)
 
 
 def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mis_platform.evaluation.predictor import Predictor
 
 HISTORY_FILE = "history.jsonl"  # of a checkpoint: one JSON object per logged step
+MOST_CLICKS = 10_000  # on an object, that a manifest may claim
 
 
 class Published(NamedTuple):
@@ -63,7 +64,7 @@ def read_table(directory: Storage) -> pa.Table:
     for part in read_manifest(directory)["parts"]:
         try:
             content = directory.read_bytes(part["name"])
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise ValueError(f"part {part['name']} is missing from {directory}") from None
         if sha256(content) != part["sha256"]:
             raise ValueError(f"part {part['name']} of {directory} was altered: its SHA-256 is not the manifest's")
@@ -74,10 +75,13 @@ def read_table(directory: Storage) -> pa.Table:
 
 
 def read_score(directory: Storage, model: str) -> Score:
-    """The scores of a finished `clicks` artifact; model: its name in tables."""
-    about = read_manifest(directory)["summary"]
-    summary = summarize(read_table(directory), max_clicks=about["protocol"]["max_clicks"])
-    return Score(model, summary, about["protocol"], tuple(about["excluded"]))
+    """The scores of a finished `clicks` artifact; model: its name in tables. Raises ValueError if it is damaged."""
+    about = read_manifest(directory).get("summary", {})
+    protocol, excluded = about.get("protocol"), about.get("excluded")
+    limit = protocol.get("max_clicks") if isinstance(protocol, dict) else None
+    if type(limit) is not int or not 1 <= limit <= MOST_CLICKS or not isinstance(excluded, list):
+        raise ValueError(f"{directory} has a damaged manifest: it says nothing sensible about its click protocol")
+    return Score(model, summarize(read_table(directory), max_clicks=limit), protocol, tuple(excluded))
 
 
 def read_overlaps(directory: Storage) -> np.ndarray:

@@ -21,6 +21,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pyarrow.fs as pafs
 
+from mis_platform.redaction import scrub
+
 TEMPORARY = ".tmp-"
 ATTEMPTS = 10  # of one request; with 30 % of requests failing, one in 170 000 fails for good
 QUICK_ATTEMPTS = 4  # of the first request to a root: a wrong address is told in seconds
@@ -46,7 +48,7 @@ class FileFacts(NamedTuple):
     age: float  # seconds since it was last written, by the store's clock against ours
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Storage:
     """One directory. uri: a local path or any URI of `pyarrow.fs`; credentials come from the environment.
 
@@ -74,7 +76,10 @@ class Storage:
             object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        return self.uri
+        return scrub(self.uri)  # an address may hold a password
+
+    def __repr__(self) -> str:
+        return f"Storage({str(self)!r})"
 
     @cached_property
     def _target(self) -> tuple[pafs.FileSystem, str]:
@@ -89,7 +94,9 @@ class Storage:
             filesystem, base = pafs.FileSystem.from_uri(self.uri)
             return filesystem, base.rstrip("/")
         except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"--root {self.uri}: {error}; use a local path, s3://bucket/prefix or gs://...") from None
+            raise ValueError(
+                f"--root {self}: {scrub(str(error))}; use a local path, s3://bucket/prefix or gs://..."
+            ) from None
 
     @property
     def local(self) -> Path | None:
@@ -203,7 +210,7 @@ class Storage:
             here.remove(probe)
         except OSError as error:
             reason = reason_of(error.__cause__ if isinstance(error.__cause__, OSError) else error)
-            raise ValueError(f"cannot write to {self.uri}: {reason}; choose another --root") from None
+            raise ValueError(f"cannot write to {self}: {reason}; choose another --root") from None
 
     def _path(self, name: str) -> tuple[pafs.FileSystem, str]:
         check_name(name)
@@ -225,9 +232,9 @@ class Storage:
             # Writing "into" a file that is no directory is the caller's FileNotFoundError on some systems.
             if what.startswith("cannot read") or isinstance(error, StorageError):
                 raise
-            raise StorageError(f"{what} {self.uri}: {reason_of(error)}") from error
+            raise StorageError(f"{what} {self}: {reason_of(error)}") from error
         except OSError as error:
-            raise StorageError(f"{what} {self.uri}: {reason_of(error)}") from error
+            raise StorageError(f"{what} {self}: {reason_of(error)}") from error
 
 
 def check_name(name: str) -> None:

@@ -131,7 +131,7 @@ def prepare(
     for row in experiment.rows:
         for seed in range(row.seeds(seeds)):
             try:
-                task = _task(row, seed, experiment.measure, root, data_root)
+                task = _task(row, seed, experiment.measure, root, data_root, resources.untrusted)
                 task.fingerprint(resources)  # missing weights and masks show here
                 tasks.append(task)
             except ValueError as error:
@@ -143,12 +143,14 @@ def _plain_rows(experiment: Experiment) -> list[Any]:
     return [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in experiment.rows]
 
 
-def _task(row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None) -> Task:
+def _task(
+    row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None, untrusted: bool
+) -> Task:  # fmt: skip
     row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
     is_trained = "clicks" in measure and row.run.method == TRAINED
-    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, split="train") if is_trained else None
+    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, "train", untrusted) if is_trained else None
     specs = [_benchmark_spec(spec, root, data_root) for spec in row.run.eval_datasets]
-    return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root) for spec in specs), measure)
+    return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs), measure)
 
 
 def _absolute(run: Run) -> Run:

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mis_platform.artifacts import git_commit
+from mis_platform.redaction import scrub
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
 if TYPE_CHECKING:
@@ -67,8 +67,6 @@ PASSING = {
     *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
     *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"),
 }
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
-SHORTEST_SECRET = 6  # characters; a shorter value would blot out ordinary words
 PROBED = "mis"  # the experiment of `mis train`
 LOCK, EVENTS = ".lock", "events.jsonl"
 
@@ -87,7 +85,7 @@ def tracking_uri(root: Storage) -> str:
         return given
     if root.local is None:
         raise ValueError(
-            f"MLflow cannot keep its SQLite file on {scrub(root.uri)}; set MLFLOW_TRACKING_URI to your MLflow server, "
+            f"MLflow cannot keep its SQLite file on {root}; set MLFLOW_TRACKING_URI to your MLflow server, "
             "or to sqlite:////absolute/path/mlflow.db"
         )
     return f"sqlite:///{root.local / 'mlflow.db'}"
@@ -865,15 +863,6 @@ def _may_pass(error: Exception) -> bool:
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
-
-
-def scrub(text: str) -> str:
-    """`text` without passwords: neither those inside a URI nor the values of secret environment variables."""
-    text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, "***")
-    return text
 
 
 def _first_line(error: BaseException) -> str:

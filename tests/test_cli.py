@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,53 @@ def test_show_lists_every_setting_and_marks_changes(photos, capsys, tmp_path):
     assert all(name in printed for name in flatten(Run()))
     assert "sampling.alpha" in printed
     assert "(default 0.9)" in printed
+
+
+@pytest.fixture
+def half_labelled(photos: Path) -> Path:
+    """Three photos, one with a mask."""
+    for name in "abc":
+        (photos / "images").mkdir(exist_ok=True)
+        (photos / f"{name}.png").rename(photos / "images" / f"{name}.png")
+    (photos / "masks").mkdir()
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 10:30] = 255
+    Image.fromarray(mask).save(photos / "masks" / "a.png")
+    return photos
+
+
+def test_images_without_masks_are_left_out_on_request_only(half_labelled, capsys, tmp_path):
+    arguments = ["eval", "--method", "geodesic", "--dataset", f"folder:{half_labelled}", "--root", str(tmp_path / "r")]
+    assert mis(*arguments, "--dry-run", "--allow-missing") == 0
+    printed = capsys.readouterr()
+    assert "2 of 3 images are left out, files are missing (b, c); the score is not comparable" in printed.err
+    assert mis(*arguments, "--dry-run") == 0
+    assert capsys.readouterr().out != printed.out, "another benchmark has another address"
+    (half_labelled / "masks" / "a.png").rename(half_labelled / "masks" / "z.png")
+    assert mis(*arguments, "--allow-missing") == 3
+    assert "none of the 3 images" in capsys.readouterr().err
+
+
+def test_an_archive_is_unpacked_and_verified(photos, capsys, tmp_path):
+    archive, out = tmp_path / "photos.zip", tmp_path / "unpacked"
+    with zipfile.ZipFile(archive, "w") as writer:
+        for file in photos.iterdir():
+            writer.write(file, file.name)
+    wrong = ["data", "unpack", str(archive), "--out", str(out), "--sha256"]
+    assert mis(*wrong, "0" * 64) == 3
+    assert "is not the file it should be" in capsys.readouterr().err
+    assert mis(*wrong, "no digest") == 2
+    assert mis("data", "unpack", str(archive), "--out", str(out)) == 0
+    assert "3 files" in capsys.readouterr().out
+    assert mis("data", "unpack", str(archive), "--out", str(out)) == 2
+    assert "in use" in capsys.readouterr().err
+    (out / "d.png").write_bytes(b"no photo")
+    found = []
+    for option in ([], ["--untrusted"]):
+        assert mis("data", "verify", "--dataset", f"folder:{out}", *option) == 3
+        found.append(capsys.readouterr().out)
+    assert "unreadable image" in found[0]
+    assert found[0] == found[1]
 
 
 def test_verify_finds_a_broken_photo(photos, capsys):

@@ -19,18 +19,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mis_platform.data.images import (
-    MAX_MEGAPIXELS,
-    MIN_SIDE,
-    SUFFIXES,
-    ImageRefused,
-    Refusal,
-    list_images,
-    probe_size,
-    read_image,
-)
+from mis_platform.data import sandbox
+from mis_platform.data.images import MAX_MEGAPIXELS, MIN_SIDE, SUFFIXES, ImageRefused, Refusal, list_images, read_file
 from mis_platform.data.masks import (
+    MAX_MASK_BYTES,
     ObjectMask,
+    Reader,
     read_binary,
     read_palette,
     read_palette_as_grey,
@@ -94,10 +88,11 @@ class Dataset:
     split: Split
     root: Path
     samples: tuple[Sample, ...]
-    read: Callable[[Path, str], tuple[ObjectMask, ...]]  # module-level function: mask file, object id -> objects
+    read: Reader  # a function of `masks`
     is_labelled: bool
     refused: tuple[Refusal, ...] = ()  # pictures in the folder that are no usable files
     notes: tuple[Problem, ...] = ()  # what else was odd about the folder when it was opened
+    untrusted: bool = False  # files are decoded in a child process with limits, see `sandbox`
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -113,6 +108,20 @@ class Dataset:
     def image_path(self, image_id: str) -> Path:
         return self.root / self._by_id[image_id].image
 
+    def read_image(
+        self, image_id: str, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
+    ) -> np.ndarray:
+        """The photo as uint8 [H, W, 3] RGB, upright. Raises ImageRefused. Limits as in `images.read_image`."""
+        decoder = sandbox.decoder(self.untrusted)
+        return decoder.read_image(self.image_path(image_id), max_megapixels=max_megapixels, min_side=min_side)
+
+    def probe_size(
+        self, image_id: str, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
+    ) -> tuple[int, int]:
+        """(height, width) of the photo in pixels, without decoding it. Raises ImageRefused."""
+        decoder = sandbox.decoder(self.untrusted)
+        return decoder.probe_size(self.image_path(image_id), max_megapixels=max_megapixels, min_side=min_side)
+
     def read_objects(self, image_id: str) -> tuple[ObjectMask, ...]:
         """All objects of an image, labels ascending, none filtered out (some may have no pixel: see `verify`).
 
@@ -123,10 +132,10 @@ class Dataset:
         if not sample.masks:
             why = "it has no mask" if self.is_labelled else f"{self.root} has photos only, no folder of masks"
             raise DataError(f"{self.root / sample.image}: {why}")
-        size = probe_size(self.root / sample.image, max_megapixels=math.inf, min_side=1)
+        size = self.probe_size(image_id, max_megapixels=math.inf, min_side=1)
         objects: list[ObjectMask] = []
         for mask in sample.masks:
-            found = _read_mask(self.read, self.root / mask.file, mask.object_id)
+            found = self._read_mask(mask)
             for each in found:
                 if each.mask.shape != size:
                     raise MaskSizeMismatch(
@@ -140,6 +149,18 @@ class Dataset:
             raise DataError(f"{self.root}: object {repeated[0]} of {image_id!r} has more than one mask: {files}")
         return tuple(objects)
 
+    def _read_mask(self, mask: MaskFile) -> tuple[ObjectMask, ...]:
+        path = self.root / mask.file
+        if not os.path.exists(path):
+            raise DataError(f"{path}: there is no such mask")
+        try:
+            content = read_file(path, MAX_MASK_BYTES)
+            if self.untrusted:
+                return sandbox.shared().read_masks(self.read, content, mask.object_id)
+            return self.read(content, mask.object_id)
+        except ValueError as error:
+            raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+
     def digest(self, masks: bool = False) -> str:
         """SHA-256 over ids and contents of the image files, of the mask files too if asked for.
 
@@ -151,6 +172,21 @@ class Dataset:
             content = "\n".join(_file_digest(self.root / file) for file in files)
             total.update(hashlib.sha256(f"{sample.image_id!r}\n{content}".encode()).digest())
         return total.hexdigest()
+
+    def without_missing(self) -> tuple["Dataset", tuple[str, ...]]:
+        """Only the samples whose image and masks are there, and the ids of the others.
+
+        Raises DataError when nothing is left.
+        """
+        whole = tuple(sample for sample in self.samples if self._is_there(sample))
+        if not whole:
+            raise DataError(f"none of the {len(self)} images of {self.name} in {self.root} has its mask")
+        kept = {sample.image_id for sample in whole}
+        return replace(self, samples=whole), tuple(each for each in self.image_ids if each not in kept)
+
+    def _is_there(self, sample: Sample) -> bool:
+        files = [sample.image, *(mask.file for mask in sample.masks)]
+        return bool(sample.masks) and all(os.path.exists(self.root / file) for file in files)
 
     def alone(self, image_id: str) -> "Dataset":
         """Only this image."""
@@ -184,7 +220,7 @@ class Layout:
     folders: tuple[str, ...]  # names tried below the data root
     images: str
     masks: str
-    read: Callable[[Path, str], tuple[ObjectMask, ...]]
+    read: Reader
     inner: tuple[str, ...] = (".",)  # where in the folder the files may lie
     list_file: str = ""  # names the images of a split; without one, all files of `images` are the samples
     mask_suffix: str = ""  # of the masks of listed images
@@ -228,12 +264,13 @@ LAYOUTS: dict[str, Layout] = {
 _MAY_BE_FLAT = ("folder", "photos")  # a folder of photos will do
 
 
-def open_dataset(spec: str, data_root: Path | None = None, split: Split = "train") -> Dataset:
+def open_dataset(spec: str, data_root: Path | None = None, split: Split = "train", untrusted: bool = False) -> Dataset:
     """The data set that `spec` names: NAME, to be found below `data_root`, or NAME:PATH.
 
     Names: the keys of LAYOUTS. `folder:PATH` is a folder with images/ and, if it is labelled, masks/ (one mask per
     image, STEM.png, or one per object, STEM_K.png), or simply a folder of photos.
     split: which list of SBD and PascalVOC is meant, train to learn from or val to evaluate on; others have no lists.
+    untrusted: decode its files in a child process with limits on memory and time (see `sandbox`).
 
     Raises DataError that says what was searched for and which names there are.
     """
@@ -243,10 +280,12 @@ def open_dataset(spec: str, data_root: Path | None = None, split: Split = "train
     if colon and not given:
         raise DataError(f"{spec!r} has an empty path; write {name}:PATH")
     layout = LAYOUTS[name]
-    root, images, masks = _locate(name, layout, _absolute(given), _absolute(data_root))
+    root, photos, masks = _locate(name, layout, _absolute(given), _absolute(data_root))
     if layout.list_file:
-        return _open_listed(name, layout, root, split)
-    return _open_folder(name, layout, root, images, masks, split)
+        opened = _open_listed(name, layout, root, split)
+    else:
+        opened = _open_folder(name, layout, root, photos, masks, split)
+    return replace(opened, untrusted=untrusted)
 
 
 class Available(NamedTuple):
@@ -392,18 +431,6 @@ def _match_masks(
     return owned, extra
 
 
-def _read_mask(
-    read: Callable[[Path, str], tuple[ObjectMask, ...]], path: Path, object_id: str
-) -> tuple[ObjectMask, ...]:
-    try:
-        return read(path, object_id)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such mask") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a damaged PNG
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(reason if str(path) in reason else f"{path}: {reason}") from None
-
-
 # -- verification ----------------------------------------------------------------------------------------------------
 
 
@@ -486,7 +513,7 @@ def check_sample(
     if not path.exists():
         return 0, [Problem("missing image", str(path), "")]
     try:
-        read_image(path, max_megapixels=max_megapixels, min_side=min_side)
+        dataset.read_image(sample.image_id, max_megapixels=max_megapixels, min_side=min_side)
     except ImageRefused as error:
         return 0, [Problem("unreadable image", str(path), str(error))]
     if not dataset.is_labelled:

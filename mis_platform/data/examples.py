@@ -19,7 +19,7 @@ import numpy as np
 
 from mis_platform.config import AugmentConfig, Run
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import ImageRefused, read_image
+from mis_platform.data.images import ImageRefused
 from mis_platform.data.labels import choose_target, images_with_objects, labelled_subset, objects_of
 from mis_platform.data.proposals import ProposalReader
 from mis_platform.data.trees import TreeReader
@@ -80,7 +80,7 @@ class ExampleStream:
     def _read(self, image_id: str) -> np.ndarray:
         path, limits = self.dataset.image_path(image_id), self.run.data
         try:
-            return read_image(path, max_megapixels=limits.max_megapixels, min_side=limits.min_side)
+            return self.dataset.read_image(image_id, max_megapixels=limits.max_megapixels, min_side=limits.min_side)
         except ImageRefused as error:
             raise ImageRefused(error.reason, f"{path}: {error.message}") from None
 

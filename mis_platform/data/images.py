@@ -89,6 +89,9 @@ class Reason(StrEnum):
     UNREADABLE = "UNREADABLE"  # permissions, broken link, changed while it was read
     NOT_A_FILE = "NOT_A_FILE"  # pipe, socket, device, folder
     OUTSIDE_FOLDER = "OUTSIDE_FOLDER"  # a link that leaves the folder
+    DECODER_DIED = "DECODER_DIED"  # these three: in a child process with limits, see `sandbox`
+    MEMORY_LIMIT = "MEMORY_LIMIT"
+    TIMEOUT = "TIMEOUT"
 
 
 class ImageRefused(ValueError):
@@ -131,7 +134,7 @@ def read_image(
     """
     with _opened(source) as (file, name), _header(file, max_megapixels, min_side) as image:
         file.seek(0)
-        content = _read_all(file, max_megapixels, name)
+        content = _read_all(file, file_limit(max_megapixels), name)
         _check_complete(image.format or "", content)
     with _header(io.BytesIO(content), max_megapixels, min_side) as image:
         return _to_rgb(_upright(_loaded(image, len(content))))
@@ -146,6 +149,21 @@ def probe_size(
         # A TIFF reports its upright size by itself.
         turned = image.format != "TIFF" and _orientation(image) >= 5
         return (width, height) if turned else (height, width)
+
+
+def read_file(path: str | Path, max_bytes: int) -> bytes:
+    """The content of a picture's file; nothing in it is looked at.
+
+    Raises ImageRefused for a larger file, for what is no file (it never blocks on pipes or devices), cannot be read, or
+    changes meanwhile.
+    """
+    with _opened(path) as (file, name):
+        return _read_all(file, max_bytes, name)
+
+
+def file_limit(max_megapixels: float) -> int:
+    """Bytes that the file of a photo within `max_megapixels` may have: 16 a pixel, and 64 MiB of metadata."""
+    return int(max_megapixels * 16e6) + _METADATA_BYTES
 
 
 def list_images(folder: str | Path, recursive: bool = True) -> Listing:
@@ -218,12 +236,11 @@ def _kind(mode: int) -> str:
     return f"{kinds.get(stat.S_IFMT(mode), 'something else')}, not a file"
 
 
-def _read_all(file: BinaryIO, max_megapixels: float, name: str) -> bytes:
+def _read_all(file: BinaryIO, limit: int, name: str) -> bytes:
     """The whole file, once; decoding then works on bytes that can no longer change."""
     if isinstance(file, io.BytesIO):
         return file.getvalue()
     before = os.fstat(file.fileno())
-    limit = int(max_megapixels * 16e6) + _METADATA_BYTES
     content = file.read(min(before.st_size, limit) + 1)  # no more: a buffer of this size is allocated first
     after = os.fstat(file.fileno())
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -247,6 +264,8 @@ def _header(file: BinaryIO, max_megapixels: float, min_side: int) -> Iterator[Im
             limit = (Image.MAX_IMAGE_PIXELS or 0) * 2 / 1e6
             message = f"more than {limit:.0f} megapixels; the limit data.max_megapixels is {max_megapixels:g}"
             raise ImageRefused(Reason.TOO_LARGE, message) from None
+        except MemoryError:
+            raise  # the machine's fault, or that of a limit; not to be mistaken for damage
         except Exception as error:  # decoders raise anything on damaged headers
             raise ImageRefused(*_why_unidentified(file, start, error)) from None
         with image:
@@ -305,6 +324,7 @@ def _check_complete(image_format: str, content: bytes) -> None:
 # In entropy-coded data FF 00 is a byte and FF D0 to FF D7 are restarts; everything else after FF is a marker.
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+_MAX_SCANS = 256  # encoders write a dozen; each costs a walk over all pixels, for a few bytes of file
 
 
 def _check_jpeg(content: bytes) -> None:
@@ -316,6 +336,8 @@ def _check_jpeg(content: bytes) -> None:
         if marker == _JPEG_END and scans:
             return
         scans += marker == _JPEG_SCAN
+        if scans > _MAX_SCANS:
+            raise ImageRefused(Reason.CORRUPT, f"more than {_MAX_SCANS} scans in a JPEG")
         length = int.from_bytes(content[match.end() : match.end() + 2], "big")
         position = match.end() + max(2, length)
     raise ImageRefused(Reason.TRUNCATED, "the JPEG ends before its end marker")
@@ -359,7 +381,7 @@ def _loaded(image: Image.Image, size: int) -> Image.Image:
         if image.format == "TIFF":
             _check_tiff(image, size)
         image.load()
-    except ImageRefused:
+    except (ImageRefused, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on damaged data
         is_short = "truncated" in str(error).lower() or isinstance(error, EOFError)
@@ -384,10 +406,12 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3]; the table of conversions is at the top."""
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.array(image, dtype=np.int32)
         if grey.min() < 0 or grey.max() > 65535:
             raise ImageRefused(Reason.PIXELS_NOT_SUPPORTED, "32-bit integer pixels outside 0..65535 have no scale")
-        return _repeat_grey((grey + 128) // 257)
+        grey += 128  # in place: copies of 50 megapixels add up
+        grey //= 257
+        return _repeat_grey(grey)
     if image.mode == "F":
         values = np.asarray(image)
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
@@ -396,9 +420,13 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "LAB":
         image = _lab_to_rgb(image)
     elif image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque)
+        image = _over_white(image)
     return np.array(image.convert("RGB"))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    transparent = image if image.mode == "RGBA" else image.convert("RGBA")  # no copy of 50 megapixels
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), transparent)
 
 
 def _repeat_grey(grey: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mis_platform.config import DataConfig, TargetConfig
 from mis_platform.data.benchmarks import LAYOUTS, Dataset
-from mis_platform.data.images import ImageRefused, probe_size
+from mis_platform.data.images import ImageRefused
 from mis_platform.data.masks import is_buggy
 from mis_platform.errors import DataError
 
@@ -107,8 +107,7 @@ def _objects(photo: Dataset) -> tuple[np.ndarray, ...]:
 
 
 def _check_photo(dataset: Dataset, image_id: str, limits: DataConfig) -> None:
-    path = dataset.image_path(image_id)
     try:
-        probe_size(path, max_megapixels=limits.max_megapixels, min_side=limits.min_side)
+        dataset.probe_size(image_id, max_megapixels=limits.max_megapixels, min_side=limits.min_side)
     except ImageRefused as error:
-        raise ImageRefused(error.reason, f"{path}: {error.message}") from None
+        raise ImageRefused(error.reason, f"{dataset.image_path(image_id)}: {error.message}") from None

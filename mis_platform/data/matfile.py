@@ -30,19 +30,35 @@ class _Element(NamedTuple):
     end: int  # where the next element begins
 
 
-def read_instances(path: Path) -> np.ndarray:
+def read_instances(source: Path | bytes) -> np.ndarray:
     """Instance map of one image: int32 [H, W], 0 background, 1..k instances.
 
-    Raises ValueError naming the file when it is missing, truncated, too large, damaged, or holds something else.
+    source: a path, or the content of a file. Raises ValueError, naming the file if there is one, when it is missing,
+    truncated, too large, damaged, or holds something else.
     """
+    if isinstance(source, bytes):
+        return _instances(source)
     try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            raise ValueError(f"{size} bytes are more than the {MAX_FILE_BYTES} an instance map may have")
-        return _labels(_segmentation(_variable(path.read_bytes(), "GTinst")))
+        if (size := source.stat().st_size) > MAX_FILE_BYTES:
+            raise ValueError(_too_large(size))
+        return _instances(source.read_bytes())
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{source}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _instances(data: bytes) -> np.ndarray:
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(_too_large(len(data)))
+    try:
+        return _labels(_segmentation(_variable(data, "GTinst")))
+    except (struct.error, zlib.error) as error:
+        raise ValueError(str(error)) from None
+
+
+def _too_large(size: int) -> str:
+    return f"{size} bytes are more than the {MAX_FILE_BYTES} an instance map may have"
 
 
 def _variable(data: bytes, name: str) -> memoryview:

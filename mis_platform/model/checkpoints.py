@@ -32,6 +32,7 @@ from mis_platform.model.weights import (
     check_refinement,
     check_values,
     empty_model,
+    licence_of,
     save_model,
 )
 
@@ -91,6 +92,7 @@ def import_checkpoint(path: str | Path, directory: str | Path, refine: str | Non
         "source": {"file": path.name, "class": class_name},
         **({"refine": refine} if refine else {}),
     }
+    config["licence"] = licence_of(config)
     save_model(directory, model, config)
     return {**config, "variant": variant, "image_size": image_size}
 

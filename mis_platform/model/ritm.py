@@ -45,6 +45,8 @@ class Ritm(nn.Module):
     the network does not depend on it. Raises ValueError for any other variant.
     """
 
+    licence: str | None = None  # what a user of these weights has to know; None: they come from nowhere else
+
     def __init__(self, variant: str = "hrnet18", image_size: int | Sequence[int] = 400) -> None:
         super().__init__()
         if variant not in VARIANTS:

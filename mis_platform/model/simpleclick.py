@@ -60,6 +60,8 @@ class SimpleClick(nn.Module):
     generator. Raises ValueError for any other variant or size.
     """
 
+    licence: str | None = None  # what a user of these weights has to know; None: they come from nowhere else
+
     def __init__(self, variant: str = "vit_b", image_size: int | Sequence[int] = 448) -> None:
         super().__init__()
         if variant not in VARIANTS:

@@ -45,6 +45,11 @@ FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": ("hrnet18s", "hrnet18", "hrn
 REFINEMENTS = {"fbrs": "ritm"}  # -> the family it is for
 ZOOM_SIZES = ("zoom_size", "davis_zoom_size")  # settings whose range depends on the family
 
+# What a user of a saved model has to know; in its config.json, and handed on to models that start from it.
+MAE_LICENCE = "CC-BY-NC-4.0, from the MAE weights it started from: no commercial use"
+OWN_LICENCE = "started from random weights: only the licences of its photos matter"
+FOREIGN_LICENCE = "that of the imported checkpoint: ask its authors"
+
 Shapes = dict[str, tuple[int, ...]]
 Model: TypeAlias = "SimpleClick | Ritm"
 
@@ -55,8 +60,8 @@ Model: TypeAlias = "SimpleClick | Ritm"
 def save_model(directory: str | Path, model: Model, config: Mapping[str, Any]) -> None:
     """Write `model` and `config` (JSON values) into `directory`, which is made if missing.
 
-    `variant`, `image_size` (pixels: a side, or [height, width]) and, for all but SimpleClick, `family` are set from the
-    model. Each file appears whole or not at all, config.json last.
+    `variant`, `image_size` (pixels: a side, or [height, width]), `licence` and, for all but SimpleClick, `family` are
+    set from the model. Each file appears whole or not at all, config.json last.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -64,6 +69,7 @@ def save_model(directory: str | Path, model: Model, config: Mapping[str, Any]) -
     described = {**config, "variant": model.variant, "image_size": height if height == width else [height, width]}
     if not isinstance(model, SimpleClick):
         described["family"] = "ritm"
+    described.setdefault("licence", model.licence or OWN_LICENCE)
     text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     # Part of the weights file, because its digest stands for the model: with refinement it answers otherwise.
@@ -99,7 +105,19 @@ def load_model(directory: str | Path) -> Any:
     _check_refinement(directory, config)
     # The tensors are views of the file; copies survive if it is rewritten in place or its network drive goes away.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    model.licence = licence_of(config)
     return model.eval()
+
+
+def licence_of(config: Mapping[str, Any]) -> str:
+    """What a user of the model with this config.json has to know; also of one that was saved before it said so."""
+    if isinstance(said := config.get("licence"), str):
+        return said
+    if "source" in config:
+        return MAE_LICENCE if family_of(config) == "simpleclick" else FOREIGN_LICENCE
+    run = config.get("run")
+    model = run.get("model") if isinstance(run, dict) else None
+    return OWN_LICENCE if isinstance(model, dict) and model.get("init") == "random" else MAE_LICENCE
 
 
 def empty_model(family: str, variant: str, image_size: int | Sequence[int]) -> Model:
@@ -247,6 +265,7 @@ def load_mae_state(model: SimpleClick, state: Mapping[str, Tensor], origin: str 
     problems = model.backbone.load_state_dict(encoder, strict=False)
     assert not problems.unexpected_keys
     assert all(name.startswith(NOT_IN_MAE) for name in problems.missing_keys)
+    model.licence = MAE_LICENCE
 
 
 def _mae_shapes(model: SimpleClick) -> Shapes:

@@ -33,7 +33,7 @@ from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.baselines.methods import METHODS_VERSION, build_method
 from mis_platform.config import ClassicalConfig, EvalConfig, Resources, SamplingConfig, plain
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import ImageRefused, read_image
+from mis_platform.data.images import ImageRefused
 from mis_platform.data.proposals import ProposalReader, best_overlap_of_masks
 from mis_platform.data.schemas import CLICKS, OVERLAPS
 from mis_platform.data.trees import TreeReader
@@ -324,7 +324,7 @@ def _reasons(excluded: Iterable[Excluded]) -> list[str]:
 def _read(dataset: Dataset, image_id: str) -> np.ndarray:
     """uint8 [H, W, 3]. Raises DataError: a score without one of the photos would be another benchmark's."""
     try:
-        return read_image(dataset.image_path(image_id))
+        return dataset.read_image(image_id)
     except ImageRefused as error:
         raise DataError(f"{dataset.name}: photo {image_id} cannot be used: {error}") from None
 

@@ -39,8 +39,9 @@ from ray.util.annotations import RayDeprecationWarning
 
 from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
+from mis_platform.data import sandbox
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import ImageRefused, Reason, read_image
+from mis_platform.data.images import ImageRefused, Reason
 from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
@@ -123,6 +124,8 @@ def precompute(
     ValueError when weights are missing. What was finished stays in `out`, and the next call goes on from there.
     """
     began = time.monotonic()
+    if dataset.untrusted:
+        resources = resources.model_copy(update={"untrusted": True})
     build_extractor(features)  # missing or wrong weights are noticed here, before any process starts
     out.remove_unfinished()
     # Of millions of photos every index counts: the samples themselves are used, not the data set's lists by id.
@@ -464,9 +467,10 @@ def compute(
     )
     if gpus:
         share = min(1.0, gpus / workers)
-        records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", share, product)
+        untrusted = resources.untrusted
+        records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", share, product, untrusted)
     else:
-        records = in_whole_chunks(chunks, features, data, out, pool, product)
+        records = in_whole_chunks(chunks, features, data, out, pool, product, resources.untrusted)
     yield from read_records(records)
 
 
@@ -500,9 +504,10 @@ def photos_of(chunk: pa.Table) -> list[Photo]:
     return [photo for row in chunk.to_pylist() for photo in zip(row["image_ids"], row["paths"])]
 
 
-def decode(photo: Photo, data: DataConfig) -> np.ndarray:
+def decode(photo: Photo, data: DataConfig, untrusted: bool = False) -> np.ndarray:
     """uint8 [H, W, 3]. Raises ImageRefused."""
-    return read_image(os.fsdecode(photo[1]), max_megapixels=data.max_megapixels, min_side=data.min_side)
+    decoder = sandbox.decoder(untrusted)
+    return decoder.read_image(os.fsdecode(photo[1]), max_megapixels=data.max_megapixels, min_side=data.min_side)
 
 
 def in_whole_chunks(
@@ -512,9 +517,10 @@ def in_whole_chunks(
     out: Storage,
     pool: ray.data.ActorPoolStrategy,
     product: Product,
+    untrusted: bool = False,
 ) -> ray.data.Dataset:
     """Every worker takes chunks from files to part."""
-    return map_in_actors(chunks, ChunkWorker, (features, data, out, product), pool, num_gpus=None)
+    return map_in_actors(chunks, ChunkWorker, (features, data, out, product, untrusted), pool, num_gpus=None)
 
 
 def map_in_actors(
@@ -543,7 +549,12 @@ class ChunkWorker:
     """An actor that decodes, describes, merges and writes."""
 
     def __init__(
-        self, features: FeaturesConfig, data: DataConfig, out: Storage, product: Product = TREES_PRODUCT
+        self,
+        features: FeaturesConfig,
+        data: DataConfig,
+        out: Storage,
+        product: Product = TREES_PRODUCT,
+        untrusted: bool = False,
     ) -> None:
         cv2.setNumThreads(1)  # one process a CPU: its threads would only wait for each other
         product.warm_up()
@@ -551,12 +562,13 @@ class ChunkWorker:
         self.extractor = build_extractor(features)
         self.data = data
         self.out = out
+        self.untrusted = untrusted
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
         return finish_chunk(map(self.row, photos_of(chunk)), self.out, self.product)
 
     def row(self, photo: Photo) -> Row | Refused:
-        pixels = attempt(photo, "decode", lambda: decode(photo, self.data))
+        pixels = attempt(photo, "decode", lambda: decode(photo, self.data, self.untrusted))
         if isinstance(pixels, Refused):
             return pixels
         features = attempt(photo, "features", lambda: describe(pixels, self.extractor))
@@ -591,10 +603,11 @@ def in_steps(
     device: str,
     num_gpus: float | None,
     product: Product = TREES_PRODUCT,
+    untrusted: bool = False,
 ) -> ray.data.Dataset:
     """Tasks decode, actors that keep the network on their GPU describe, tasks merge, tasks write."""
-    decode_task = functools.partial(decode_chunk, data=data)
-    merge_task = functools.partial(merge_photo, data=data, product=product)
+    decode_task = functools.partial(decode_chunk, data=data, untrusted=untrusted)
+    merge_task = functools.partial(merge_photo, data=data, product=product, untrusted=untrusted)
     write_task = functools.partial(write_chunk, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus)
@@ -603,9 +616,9 @@ def in_steps(
     return merged.map_batches(write_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=0.5)
 
 
-def decode_chunk(chunk: pa.Table, data: DataConfig) -> Iterator[pa.Table]:
+def decode_chunk(chunk: pa.Table, data: DataConfig, untrusted: bool = False) -> Iterator[pa.Table]:
     for photo in photos_of(chunk):
-        pixels = attempt(photo, "decode", functools.partial(decode, photo, data))
+        pixels = attempt(photo, "decode", functools.partial(decode, photo, data, untrusted))
         size = (0, 0) if isinstance(pixels, Refused) else pixels.shape[:2]
         yield pack(photo, size, pixels)
 
@@ -623,7 +636,7 @@ class FeatureWorker:
         return pack(photo, size, attempt(photo, "features", lambda: describe(pixels, self.extractor)))
 
 
-def merge_photo(travelling: pa.Table, data: DataConfig, product: Product) -> pa.Table:
+def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrusted: bool = False) -> pa.Table:
     """Pixels are decoded again where a product needs them: they are what is large."""
     _warm_up(product)
     photo, size, features = unpack(travelling.to_pylist()[0], np.float32)
@@ -631,7 +644,7 @@ def merge_photo(travelling: pa.Table, data: DataConfig, product: Product) -> pa.
         return travelling
 
     def make() -> Row:
-        return product.make(photo[0], size, features, decode(photo, data) if product.needs_pixels else None)
+        return product.make(photo[0], size, features, decode(photo, data, untrusted) if product.needs_pixels else None)
 
     made = attempt(photo, product.step, make)
     return pack(photo, size, made if isinstance(made, Refused) else to_stream(product.table([made])))

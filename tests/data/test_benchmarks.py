@@ -4,12 +4,15 @@ import dataclasses
 import itertools
 import os
 import pickle
+import re
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import scipy.io
+from hostile_files import png_of_zeros
 from PIL import Image
 
 from mis_platform.data import masks
@@ -114,7 +117,7 @@ def test_masks_decode_as_opencv_does(tmp_path: Path) -> None:
         path = tmp_path / f"{picture.mode.replace(';', '')}.png"
         picture.save(path)
         expected = cv2.imread(str(path))[:, :, ::-1]
-        np.testing.assert_array_equal(masks._decode(path), expected, err_msg=picture.mode)
+        np.testing.assert_array_equal(masks._decode(path.read_bytes()), expected, err_msg=picture.mode)
 
 
 def voc_palette() -> np.ndarray:
@@ -354,6 +357,61 @@ def test_verify_lists_everything_that_is_wrong(tmp_path: Path) -> None:
         dataset.read_objects("bare")
     with pytest.raises(DataError, match="more than one mask"):
         dataset.read_objects("twice")
+
+
+@pytest.mark.parametrize("name", ["grabcut", "davis", "pascalvoc", "sbd"])
+def test_hostile_masks_are_told_by_name_and_never_block(tmp_path: Path, name: str) -> None:
+    """Bombs, torn files, other formats, pipes and devices in place of a mask, for every reader."""
+    layout = LAYOUTS[name]
+    suffix = layout.mask_suffix or ".png"
+    write_image(tmp_path / layout.images / "a.jpg")
+    mask = tmp_path / layout.masks / f"a{suffix}"
+    mask.parent.mkdir(parents=True)
+    if layout.list_file:
+        listed = tmp_path / layout.list_file.format(split="val")
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("a\n")
+    else:
+        write_mask(mask, square())
+    dataset = open_dataset(f"{name}:{tmp_path}", split="val")
+    harm = {
+        "huge": png_of_zeros(10_100, 10_000),
+        "above Pillow's own limit": png_of_zeros(13_400, 13_400),
+        "torn": png_of_zeros(30, 20)[:45],
+        "text": b"no mask",
+        "empty": b"",
+        "other format": b"%!PS-Adobe-3.0 EPSF-3.0\n" + bytes(100),
+    }
+    start = time.perf_counter()
+    for what, content in harm.items():
+        mask.unlink(missing_ok=True)
+        mask.write_bytes(content)
+        with pytest.raises(DataError, match=re.escape(mask.name)) as caught:
+            dataset.read_objects("a")
+        assert "\n" not in str(caught.value), what
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir):
+        mask.unlink()
+        make(mask)
+        with pytest.raises(DataError, match="not a file"):
+            dataset.read_objects("a")
+        assert kinds(dataset)[-1] == "unreadable mask"
+        if mask.is_dir():
+            mask.rmdir()
+            mask.touch()
+    assert time.perf_counter() - start < 20
+
+
+def test_samples_with_missing_files_can_be_left_out(tmp_path: Path) -> None:
+    write_sbd(tmp_path, {}, {"a": square(1), "b": square(1), "c": square(1)})
+    dataset = open_dataset(f"sbd:{tmp_path}", split="val")
+    assert dataset.without_missing() == (dataset, ())
+    (tmp_path / "inst" / "a.mat").unlink()
+    (tmp_path / "img" / "c.jpg").unlink()
+    whole, missing = dataset.without_missing()
+    assert (whole.image_ids, missing) == (("b",), ("a", "c"))
+    (tmp_path / "inst" / "b.mat").unlink()
+    with pytest.raises(DataError, match="none of the 3 images"):
+        dataset.without_missing()
 
 
 def test_verify_follows_the_list_of_sbd(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_files import jpeg_of_scans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, TiffImagePlugin
@@ -219,6 +220,16 @@ def test_tiled_and_lzw_tiffs() -> None:
     start = time.perf_counter()
     assert refusal(bomb).reason is Reason.TOO_LARGE
     assert time.perf_counter() - start < 0.5
+
+
+def test_a_jpeg_of_many_scans_is_refused() -> None:
+    """A few bytes each, and a walk over all pixels: without a limit, a file of 1 MB takes minutes."""
+    assert read_image(jpeg_of_scans(64, 200)).shape == (64, 64, 3)
+    start = time.perf_counter()
+    refused = refusal(jpeg_of_scans(7_000, 10_000))
+    assert refused.reason is Reason.CORRUPT
+    assert "more than 256 scans" in refused.message
+    assert time.perf_counter() - start < 10
 
 
 # -- formats (B7, B13) -------------------------------------------------------------------------------------------------

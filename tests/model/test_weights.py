@@ -75,7 +75,8 @@ def test_a_saved_model_comes_back_to_the_bit(model: SimpleClick, saved: Path) ->
     image, previous, points = torch.rand(1, 3, 224, 224), torch.zeros(1, 1, 224, 224), torch.full((1, 2, 3), 50.0)
     with torch.no_grad():
         assert torch.equal(loaded(image, previous, points), model.eval()(image, previous, points))
-    assert read_config(saved) == {"run": "abc", "variant": "vit_xt", "image_size": 224}
+    about = {"variant": "vit_xt", "image_size": 224, "licence": weights.OWN_LICENCE}
+    assert read_config(saved) == {"run": "abc", **about}
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -441,3 +442,33 @@ def test_any_damage_is_a_value_error_or_no_damage(
         assert all(isinstance(tensor, Tensor) for tensor in state.values())
         if name.endswith(".safetensors"):
             assert len(content) == len(whole_files[name])  # a truncated file never loads
+
+
+# -- licences --------------------------------------------------------------------------------------------------------
+
+
+def test_the_licence_of_mae_stays_with_all_that_starts_from_it(tmp_path: Path) -> None:
+    """Written into config.json, and handed on by a model that is loaded, trained further and saved again."""
+    started = SimpleClick("vit_xt", 224)
+    save_model(tmp_path / "own", started, {})
+    assert read_config(tmp_path / "own")["licence"] == weights.OWN_LICENCE
+    load_mae_state(started, mae_state(), "mae")
+    save_model(tmp_path / "first", started, {"run": {"model": {"init": "mae"}}})
+    save_model(tmp_path / "second", load_model(tmp_path / "first"), {"run": {"model": {"init": "random"}}})
+    for name in ("first", "second"):
+        assert read_config(tmp_path / name)["licence"] == weights.MAE_LICENCE
+        assert "no commercial use" in weights.licence_of(read_config(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("config", "licence"),
+    [
+        ({"run": {"model": {"init": "mae"}}}, weights.MAE_LICENCE),
+        ({"run": {"model": {"init": "random"}}}, weights.OWN_LICENCE),
+        ({"source": {"file": "mis.pth"}}, weights.MAE_LICENCE),  # the official models started from MAE
+        ({"source": {"file": "ritm.pth"}, "family": "ritm"}, weights.FOREIGN_LICENCE),
+        ({"run": "unreadable"}, weights.MAE_LICENCE),  # in doubt, the narrower one
+    ],
+)
+def test_models_without_a_licence_get_the_narrower_one_in_doubt(config: dict[str, object], licence: str) -> None:
+    assert weights.licence_of(config) == licence

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray.data
 import torch
+from hostile_files import hostile_photos, write_all
 from PIL import Image
 from precompute_material import FEATURES, expected_rows, files_of, quarantine_in, row_of, rows_in, run, write_photos
 
@@ -251,6 +252,32 @@ def test_missing_weights_are_noticed_before_ray_starts(photos: Dataset, tmp_path
         precompute.precompute(photos, config, DataConfig(), Resources(), Storage(str(tmp_path / "out")))
 
 
+def test_workers_leave_untrusted_photos_to_a_child(
+    photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that do all steps, and those that decode and merge around a GPU."""
+    photo = ("photo_000", os.fsencode(photos.image_path("photo_000")))
+    chunk = pa.table({"image_ids": [[photo[0]]], "paths": [[photo[1]]]})
+    expected, out = row_of(photos, photo[0]), Storage(str(tmp_path))
+    tokencut = SourceProposals("tokencut", SourcesConfig())  # needs pixels again when it is made
+    assert tokencut.needs_pixels
+
+    def decoder_called(*_: object, **__: object) -> None:
+        raise AssertionError("the worker called a decoder")
+
+    monkeypatch.setattr(Image, "open", decoder_called)
+    made = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).row(photo)
+    assert isinstance(made, dict)
+    np.testing.assert_array_equal(made["children"], expected["children"])
+    (decoded,) = precompute.decode_chunk(chunk, DataConfig(), untrusted=True)
+    described = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
+    for product in (TREES_PRODUCT, tokencut):
+        (record,) = precompute.merge_chunk(described, DataConfig(), out, product, untrusted=True)["record"].to_pylist()
+        assert json.loads(record)["image_ids"] == [photo[0]], record
+    trusted = precompute.ChunkWorker(FEATURES, DataConfig(), out).row(photo)
+    assert isinstance(trusted, precompute.Refused), "else this test would tell nothing"
+
+
 # -- with Ray --------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +367,22 @@ def test_bad_photos_change_no_other_row(undisturbed: tuple[Path, Output], tmp_pa
     assert {stage for stage, _ in listed.values()} == {"list"}
     assert len(listed) == 2, "the pipe and the link to a device"
     assert output.summary["quarantined"] == len(found) == len(expected) + 3
+
+
+@pytest.mark.ray
+def test_untrusted_photos_give_the_same_trees(undisturbed: tuple[Path, Output], tmp_path: Path) -> None:
+    """Every kind of hostile photo among the good ones, decoded in children."""
+    write_photos(tmp_path / "photos", 24)
+    hostile = hostile_photos()
+    write_all(tmp_path / "photos", hostile)
+    dataset = open_dataset(f"folder:{tmp_path / 'photos'}", untrusted=True)
+    output = run(dataset, tmp_path / "out", chunk_images=8, extractors=2)
+    assert output.digest == undisturbed[1].digest
+    assert rows_in(tmp_path / "out") == rows_in(undisturbed[0])
+    twice = ("half.jpg", "half.png")  # equal stems keep their suffix
+    ids = {name: name if name in twice else Path(name).stem for name in hostile}
+    expected = {ids[name]: ("decode", reason.value) for name, (_, reason) in hostile.items()}
+    assert quarantine_in(tmp_path / "out") == expected
 
 
 @pytest.mark.ray
