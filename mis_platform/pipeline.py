@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_platform.artifacts import MANIFEST, Stage, read_manifest, sha256
+from mis_platform.artifacts import MANIFEST, REPAIR, Stage, read_manifest, sha256
 from mis_platform.baselines.sources import source_settings
 from mis_platform.config import Resources, Run, fingerprint, plain
 from mis_platform.data.benchmarks import Dataset, open_dataset
@@ -17,7 +17,7 @@ from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import robot_settings
 from mis_platform.model.features import weights_digest
-from mis_platform.model.weights import fetch_mae
+from mis_platform.model.weights import WEIGHTS_FILE, fetch_mae
 from mis_platform.stages import evaluate, initial, precompute, train
 from mis_platform.stages.products import SourceProposals
 from mis_platform.storage import Storage
@@ -128,9 +128,18 @@ def clicks_stage(dataset: Dataset, run: Run, resources: Resources, model: Stage 
     return Stage(
         name=f"clicks/{dataset.name}",
         version=evaluate.VERSION,
-        config=config | {"model": sha256(model.read_bytes("model.safetensors"))},
+        config=config | {"model": _model_digest(model)},
         run=lambda inputs, out: evaluate_on(model, run.eval, zoom_size, resources, out),
     )
+
+
+def _model_digest(model: Storage) -> str:
+    """SHA-256 of its weights. Raises DataError if it is a training of ours that was altered since."""
+    digest = sha256(model.read_bytes(WEIGHTS_FILE))
+    parts = read_manifest(model)["parts"] if model.exists(MANIFEST) else []
+    if any(part["name"] == WEIGHTS_FILE and part["sha256"] != digest for part in parts):
+        raise DataError(f"{model}/{WEIGHTS_FILE} was altered since its training; {REPAIR}")
+    return digest
 
 
 def method_clicks_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:

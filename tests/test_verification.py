@@ -296,6 +296,17 @@ def test_a_stage_does_not_begin_on_damaged_inputs(root: Storage, whole: Path, da
     assert ran == []
 
 
+def test_an_altered_model_is_not_scored_under_another_name(root: Storage, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 1)
+    photos = pipeline.training_photos(override(Run(), [f"dataset=folder:{tmp_path / 'photos'}"]), None)
+    model = ensure(stage_of("checkpoint", raw_part(b"weights", name="model.safetensors")), root)
+    stage = pipeline.clicks_stage(photos, Run(), Resources(), model)
+    assert stage.config["model"] == sha256(b"weights")
+    model.write_bytes("model.safetensors", b"Weights")
+    with pytest.raises(DataError, match=r"model.safetensors was altered since its training; `mis verify`"):
+        pipeline.clicks_stage(photos, Run(), Resources(), model)
+
+
 # -- repair, on photos -----------------------------------------------------------------------------------------------
 
 
