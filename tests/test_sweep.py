@@ -15,9 +15,10 @@ import pytest
 import ray
 
 from mis_platform import cli, sweep, trial
-from mis_platform.config import Resources, Run
+from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
+from mis_platform.experiment import list_experiments
 from mis_platform.storage import Storage
 
 TINY = """
@@ -37,6 +38,7 @@ EXPERIMENT = Experiment(
     ),
 )
 """
+FOLDER = Path(__file__).resolve().parent.parent / "experiments"
 SHORT = ["train.max_steps=3", "eval.max_clicks=2"]
 
 
@@ -279,6 +281,51 @@ def test_seeds_give_a_deviation_and_paired_intervals(experiments: Path, ray_clus
     assert f"[{change.low:+.3f}, {change.high:+.3f}]" in text
     parents = rows_of(tmp_path / "mlflow.db", "select count(*) from tags where key = 'mlflow.parentRunId'")
     assert parents == [(4,)]
+
+
+# -- every experiment ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One root for all, so that a row of several experiments is computed once."""
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", list_experiments(FOLDER))
+def test_every_experiment_runs_at_smoke(
+    name: str, ray_cluster: None, smoke_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a minute a training on two cores; a row that needs weights which are not here says so."""
+    monkeypatch.setenv("MIS_EXPERIMENTS", str(FOLDER))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    prepared = sweep.prepare(
+        name,
+        profile="smoke",
+        root=Storage(str(smoke_root)),
+        data_root=None,
+        resources=Resources(log_every=1),
+        assignments=["train.max_steps=2"],
+    )
+    comparison = sweep.run_sweep(prepared)
+    rows = {row.name: row for row in prepared.experiment.rows}
+    for line in comparison.lines:
+        if line.state == "failed":
+            assert rows[line.name].run.features.extractor in NETWORK_EXTRACTORS
+            assert "no weights for features.extractor" in line.reason
+        else:
+            assert line.state == ("quoted" if rows[line.name].quoted else "done"), line
+    folder = Path(str(prepared.directory.local))
+    assert list((folder / "figures").glob("*.png"))
+    for file in sweep.REPORTS:
+        assert prepared.experiment.question.split()[0] in (folder / file).read_text()
+    assert not rows_of(
+        smoke_root / "mlflow.db", "select 1 from metrics group by run_uuid, key, step having count(*) > 1"
+    )
 
 
 # -- kill -9 of everything, five times -------------------------------------------------------------------------------

@@ -16,9 +16,14 @@ from typing import Any
 import pytest
 from faults.mlflow_proxy import FaultyProxy, mlflow_server
 from mlflow.tracking import MlflowClient
+from ray.train import WorkerGroupError
+from training_material import make_material, tiny_run
 
 from mis_platform import sweep, tracking
 from mis_platform.config import Resources
+from mis_platform.data.examples import open_stream
+from mis_platform.stages.train import Job, _explained
+from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
 
 HEAD = '''
@@ -217,6 +222,13 @@ def test_rows_that_raise_hang_and_run_out_of_memory_leave_the_others_alone(exper
     )
     statuses = query(database, "select status, count(*) from runs group by 1 order by 1")
     assert statuses == [("FAILED", 4), ("FINISHED", 2)], "the sweep itself and the good row"
+
+
+def test_a_worker_whose_memory_error_says_nothing_is_explained(tmp_path: Path) -> None:
+    stream = open_stream(*make_material(tmp_path, count=1), tiny_run())
+    job = Job(stream, Schedule(1, stream.run.train), Resources(), Storage(str(tmp_path)), 1, 1)
+    explained = _explained(WorkerGroupError("failed", {0: MemoryError()}), job)
+    assert "the last time with: MemoryError; the same command resumes" in str(explained)
 
 
 # -- a driver that dies ----------------------------------------------------------------------------------------------
