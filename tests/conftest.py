@@ -1,7 +1,6 @@
 """Fixtures of the whole suite: the real photographs, if they are there, and one Ray cluster for the session."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,5 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it (starting one takes 5-10 s)."""
     from mis_platform.stages.cluster import cluster
 
-    # A job runs the `python` of the path, which need not be that of the tests.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with cluster():
         yield

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -187,12 +190,52 @@ def test_an_unreachable_cluster_is_told_in_a_line():
 # -- on a real cluster -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def address(ray_cluster: None) -> str:
-    """The dashboard of the session's Ray, on the loopback address and with a token."""
-    import ray
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    return f"http://{ray._private.worker.global_worker.node.address_info['webui_url']}"
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The dashboard of a Ray of its own, on the loopback address and with a token of its own.
+
+    Not the session's: a Ray that a process starts takes one fixed port for its jobs, which another may hold.
+    """
+    dashboard, folder = free_port(), tempfile.mkdtemp(prefix="mis-ray-", dir="/tmp")  # sockets need a short path
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--port=0"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", uuid.uuid4().hex)
+        # A job runs the `python` of the path, which need not be that of the tests.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        url = f"http://127.0.0.1:{dashboard}"
+        with open(Path(folder, "head.log"), "w") as log:
+            head = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            wait_for(lambda: head.poll() is not None or has_agent(url), seconds=100)
+            assert head.poll() is None, Path(folder, "head.log").read_text()
+            yield url
+        finally:
+            head.terminate()  # it ends what it started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(timeout=20)
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if folder.encode() in (process / "cmdline").read_bytes():
+                        os.kill(int(process.name), signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_agent(url: str) -> bool:
+    """Whether the head takes jobs already; for that, its agent has to be there."""
+    headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"{url}/api/jobs/", headers=headers, timeout=5).status_code == 200
+    return False
 
 
 @pytest.fixture(scope="module")
