@@ -1,13 +1,18 @@
 """Storages that do harm at a chosen moment, in whichever process they are then: for faults inside training workers."""
 
-import importlib
 import os
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
+
 from mis_platform.storage import Storage
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import this module
 
 
 @dataclass(frozen=True)
@@ -53,18 +58,17 @@ class Killing(Storage):
 
 @dataclass(frozen=True)
 class Arming(Storage):
-    """Calls a function of a test module wherever it arrives; action: "module:function"."""
+    """Calls `action` wherever it arrives."""
 
-    action: str = ""
+    action: Callable[[], None] = print
 
-    def __getstate__(self) -> dict[str, str]:
+    def __getstate__(self) -> dict[str, Any]:
         return {"uri": self.uri, "action": self.action}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
-        module, _, function = self.action.partition(":")
-        getattr(importlib.import_module(module), function)()
+        self.action()
 
 
 # -- what Arming can call --------------------------------------------------------------------------------------------

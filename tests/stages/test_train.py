@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from armed import NAN_STEP, Arming, Killing
+from armed import NAN_STEP, Arming, Killing, spoil_a_loss
 from ray.train import WorkerGroupError
 from ray.util.state import list_workers
 from training_material import make_material, tiny_run
@@ -184,7 +184,7 @@ def kill_train_worker() -> None:
 def test_a_loss_that_is_not_finite_on_any_worker_ends_the_training(
     ray_cluster: None, material: Material, tmp_path: Path
 ) -> None:
-    recorder, out = Recorder(), Arming(str(tmp_path), "armed:spoil_a_loss")
+    recorder, out = Recorder(), Arming(str(tmp_path), spoil_a_loss)
     spoilt = open_stream(*material, short_run()).columns({"number": np.array([(NAN_STEP - 1) * BATCH + BATCH // 2])})
     with pytest.raises(TrainingDiverged) as error:
         train(material[0], short_run(), material[1], resources(num_workers=2, max_failures=3), out, recorder)
