@@ -9,14 +9,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from s3_server import CREDENTIALS, Faults, faulty, s3_server, uri
+from training_material import tiny_run
 
 from mis_platform import storage as storage_module
-from mis_platform.artifacts import read_manifest
+from mis_platform.artifacts import Output, Stage, combine_digests, ensure, read_manifest
 from mis_platform.data import synthetic
+from mis_platform.data.trees import TreeReader, tree_row
+from mis_platform.simulation.ward import merge
+from mis_platform.stages import training_loop
+from mis_platform.stages.precompute import finished_parts, write_part
+from mis_platform.stages.training_loop import Learner, Schedule, complete_steps, load_checkpoint_model, save_checkpoint
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 from mis_platform.tracking import tracking_uri
+from mis_platform.verification import verify
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +146,39 @@ def test_mlflow_on_an_object_store_needs_a_server(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ValueError, match=r"cannot keep its SQLite file on s3://bucket.*set MLFLOW_TRACKING_URI"):
         tracking_uri(Storage("s3://bucket/x?region=us-east-1"))
+
+
+def test_artifacts_and_checkpoints_on_a_bad_store_are_what_they_are_on_a_disk(server: str, tmp_path: Path) -> None:
+    """Without Ray: parts, manifests, resuming, the tree reader, verification, training checkpoints."""
+    rng = np.random.default_rng(0)
+    trees = [merge(rng.normal(size=(4, 5, 6)).astype(np.float32)) for _ in range(4)]
+    rows = [tree_row(f"photo {k}", (64, 80), tree) for k, tree in enumerate(trees)]
+
+    def run(inputs: dict[str, Storage], out: Storage) -> Output:
+        parts = [write_part(rows[k : k + 2], out) for k in (0, 2)]
+        assert {each.part for each in finished_parts(out, [row["image_id"] for row in rows])} == set(parts)
+        return Output(parts=tuple(parts), digest=combine_digests([part.digest for part in parts]))
+
+    stage = Stage(name="trees", version=1, config={}, run=run)
+    settings = tiny_run()
+    model = training_loop.initial_model(settings)
+    optimizer = training_loop.optimizer_of(model, settings.train)
+    learner = Learner(settings, Schedule(4, settings.train), model, model, optimizer, torch.device("cpu"), 1)
+    faults = Faults(unavailable=0.1, dropped=0.05, forgotten=0.05, seed=5)
+    with faulty(server, faults) as address:
+        root = Storage(uri(address, "artifacts"))
+        directory = ensure(stage, root)
+        local = ensure(stage, Storage(str(tmp_path)))
+        assert read_manifest(directory)["parts"] == read_manifest(local)["parts"]
+        assert TreeReader(directory).tree("photo 3").children.tolist() == trees[3].children.tolist()
+        assert verify(root).problems == []
+        out = root.child("checkpoint", "0123456789abcdef")
+        for step in (1, 2, 3):
+            save_checkpoint(out, step, learner, [{"step": step}])
+        assert complete_steps(out) == [2, 3]
+        saved = load_checkpoint_model(out, 3).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert sum(faults.seen[name] for name in ("unavailable", "dropped", "forgotten")) > 3
 
 
 # -- the whole chain -------------------------------------------------------------------------------------------------
