@@ -350,6 +350,7 @@ class Hanging(stage.Overlapping):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_chunk_of_a_worker_that_hangs_is_taken_over(
     benchmark: Dataset, trees: Storage, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
