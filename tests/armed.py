@@ -34,7 +34,7 @@ class Killing(Storage):
             object.__setattr__(self, name, value)
 
     def child(self, *names: str) -> "Killing":
-        return Killing(super().child(*names).uri, self.moment, self.flag)
+        return Killing(super().child(*names).uri, moment=self.moment, flag=self.flag)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         if self._is_now("write", name):
@@ -56,11 +56,15 @@ class Killing(Storage):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def do_nothing() -> None:
+    """The action of an Arming that was given none."""
+
+
 @dataclass(frozen=True)
 class Arming(Storage):
     """Calls `action` wherever it arrives."""
 
-    action: Callable[[], None] = print
+    action: Callable[[], None] = do_nothing
 
     def __getstate__(self) -> dict[str, Any]:
         return {"uri": self.uri, "action": self.action}

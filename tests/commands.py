@@ -66,13 +66,7 @@ class Command:
 
     def survivors(self) -> list[tuple[int, str]]:
         """(process id, name) of all that the command started and that lives."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    name = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    found.append((int(folder.name), name[:100]))
-        return found
+        return marked(self.mark)
 
     def wait_alone(self, seconds: float) -> float:
         """Until nothing that the command started lives; how long that took."""
@@ -91,6 +85,17 @@ class Command:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
         self.process.wait(10)
+
+
+def marked(mark: str) -> list[tuple[int, str]]:
+    """(process id, name) of all processes with this mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                name = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append((int(folder.name), name[:100]))
+    return found
 
 
 @contextlib.contextmanager

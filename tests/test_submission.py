@@ -356,7 +356,7 @@ def test_a_log_is_said_once_however_often_the_connection_breaks(address, chatty,
     lines, notes = [], []
     try:
         cluster = Cluster(proxy.address)
-        name = cluster.submit(["150", "0"], experiments=nothing, package=chatty)
+        name = cluster.submit(["150", "0", "--help"], experiments=nothing, package=chatty)
         assert "--root" not in cluster.job(name).words
 
         def interfere() -> None:
@@ -386,7 +386,7 @@ def test_a_log_is_said_once_however_often_the_connection_breaks(address, chatty,
 @pytest.mark.timeout(120)
 def test_twins_are_refused_ctrl_c_detaches_and_stop_lets_it_commit(address, chatty, nothing):
     cluster = Cluster(address)
-    words = ["3", "300"]
+    words = ["3", "300", "--help"]  # of the stand-in: without it a root would be asked for
     name = cluster.submit(words, experiments=nothing, package=chatty)
     with pytest.raises(ValueError, match=name):
         cluster.submit(words, experiments=nothing, package=chatty)

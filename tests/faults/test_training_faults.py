@@ -289,7 +289,7 @@ def test_a_gpu_that_is_too_small_gets_half_the_images(
     dataset, trees = make_material(tmp_path / "material", count=5)
     run = tiny_run(batch_size=4, epochs=100, max_steps=3)
     asked = Resources(log_every=1, batch_per_device=2 * MOST_IMAGES)
-    out, small = Arming(str(tmp_path / "out"), shrink_memory), Storage(str(tmp_path / "small"))
+    out, small = Arming(str(tmp_path / "out"), action=shrink_memory), Storage(str(tmp_path / "small"))
     train(dataset, run, trees, asked, out, lambda step, metrics: None)
     assert f"for {2 * MOST_IMAGES} images at once; going on with {MOST_IMAGES}" in capsys.readouterr().err
     few = asked.model_copy(update={"batch_per_device": MOST_IMAGES})
@@ -297,7 +297,7 @@ def test_a_gpu_that_is_too_small_gets_half_the_images(
     assert out.read_bytes("model.safetensors") == small.read_bytes("model.safetensors")
     never = asked.model_copy(update={"batch_per_device": 4 * MOST_IMAGES})
     wide = tiny_run(batch_size=4 * MOST_IMAGES, epochs=100, max_steps=3)
-    hopeless = Arming(str(tmp_path / "hopeless"), shrink_memory)
+    hopeless = Arming(str(tmp_path / "hopeless"), action=shrink_memory)
     with pytest.raises(ValueError, match=r"4 image\(s\) at once, resources.batch_per_device=8; lower it"):
         train(dataset, wide, trees, never, hopeless, lambda step, metrics: None)
 

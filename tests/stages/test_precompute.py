@@ -272,7 +272,8 @@ def test_workers_leave_untrusted_photos_to_a_child(
     (decoded,) = precompute.decode_chunk(chunk, DataConfig(), untrusted=True)
     described = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
     for product in (TREES_PRODUCT, tokencut):
-        (record,) = precompute.merge_chunk(described, DataConfig(), out, product, untrusted=True)["record"].to_pylist()
+        merged = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
+        (record,) = precompute.write_chunk(merged, out, product)["record"].to_pylist()
         assert json.loads(record)["image_ids"] == [photo[0]], record
     trusted = precompute.ChunkWorker(FEATURES, DataConfig(), out).row(photo)
     assert isinstance(trusted, precompute.Refused), "else this test would tell nothing"

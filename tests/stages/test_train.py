@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 from armed import NAN_STEP, Arming, Killing, spoil_a_loss
+from commands import MARK
 from ray.train import WorkerGroupError
 from ray.util.state import list_workers
 from training_material import make_material, tiny_run
@@ -125,6 +126,7 @@ def test_two_workers_and_then_one_follow_the_curve_of_one(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from commands import MARK, marked
 from training_material import make_material
 from test_train import Recorder, resources, short_run
 from mis_platform.stages.cluster import cluster
@@ -133,9 +135,13 @@ from mis_platform.storage import Storage
 
 folder = Path(sys.argv[1])
 dataset, trees = make_material(folder / "material", count=5)
+def kill():
+    others = [pid for pid, _ in marked(os.environ[MARK]) if pid != os.getpid()]
+    for pid in [*others, os.getpid()]:
+        os.kill(pid, signal.SIGKILL)
+
 with cluster():
-    kill = lambda: os.killpg(0, signal.SIGKILL)
-    train(dataset, short_run(), trees, resources(), Storage(str(folder / "out")), Recorder(7, kill))
+    train(dataset, short_run(), trees, resources(), Storage(str(folder / "out")), Recorder(5, kill))
 """
 
 
@@ -143,13 +149,17 @@ with cluster():
 def test_a_killed_training_continues_to_the_bit(
     material: Material, straight: tuple[Storage, Recorder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The driver's whole process group gets SIGKILL at step 7. In the continued training the worker gets it when it
+    """The driver and all that it started get SIGKILL after step 5. In the continued training the worker gets it when it
     has written the checkpoint of step 8 but not published it, and again at step 10.
     """
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path]),
+            MARK: str(tmp_path),
+        },
         start_new_session=True,
         capture_output=True,
         text=True,
@@ -184,7 +194,7 @@ def kill_train_worker() -> None:
 def test_a_loss_that_is_not_finite_on_any_worker_ends_the_training(
     ray_cluster: None, material: Material, tmp_path: Path
 ) -> None:
-    recorder, out = Recorder(), Arming(str(tmp_path), spoil_a_loss)
+    recorder, out = Recorder(), Arming(str(tmp_path), action=spoil_a_loss)
     spoilt = open_stream(*material, short_run()).columns({"number": np.array([(NAN_STEP - 1) * BATCH + BATCH // 2])})
     with pytest.raises(TrainingDiverged) as error:
         train(material[0], short_run(), material[1], resources(num_workers=2, max_failures=3), out, recorder)
