@@ -54,7 +54,7 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
         check_ray_address(address)
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
-    with _own_sigterm():
+    with _own_sigterm(), _start_explained(address):
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
     try:
         if root is not None:
@@ -107,6 +107,18 @@ def _has_seen(answer: Any, nonce: str) -> bool:
     with contextlib.suppress(ray.exceptions.RayError):  # a node that has just died
         return bool(ray.get(answer) == nonce)
     return False
+
+
+@contextlib.contextmanager
+def _start_explained(address: str | None) -> Iterator[None]:
+    """Ray's bare exceptions, such as that of a node that was not up within a minute, as one line for people."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        what = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
+        raise ConnectionError(f"{what}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mis_platform.stages import cluster
+
 # The second node is a process tree of its own. "hidden" puts an empty disk over the root, for that node alone.
 STORY = """
     import os, subprocess, sys, time
@@ -62,3 +64,16 @@ def test_a_root_that_a_node_cannot_see_is_refused(tmp_path: Path, kind: str) -> 
         assert first.startswith(f"refused {root} is not the same directory on all 2 nodes of the cluster"), done.stderr
         assert "use --root s3://bucket/prefix" in first
     assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        (None, "Ray cannot be started here: not up"),
+        ("10.0.0.1:6379", "the Ray cluster at 10.0.0.1:6379 cannot be joined: not up"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_told_in_one_line(address: str | None, told: str) -> None:
+    with pytest.raises(ConnectionError) as caught, cluster._start_explained(address):
+        raise RuntimeError("not up\nand much more")
+    assert str(caught.value) == told
