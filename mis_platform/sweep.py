@@ -361,6 +361,9 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
         self._is_closed = False
         self._guard = threading.Lock()  # between Tune's thread and the one that people can interrupt
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes itself down when it starts, and what it wrote is never read here
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "step" not in result:
             return
