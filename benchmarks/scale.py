@@ -1,6 +1,6 @@
 """How fast and at what price would `mis precompute` run on 1 to 1 000 nodes, for 10^4 to 10^9 photos?
 
-    python benchmarks/scale.py [--measured benchmarks/scale.json] [--setup cpu|gpu] [--check]
+    python benchmarks/scale.py [--measured benchmarks/scale.json] [--setup cpu|gpu] [--check | --driver]
 
 A discrete-event simulation of the pipeline: the driver hands out chunks one after the other; a chunk is read from the
 storage, decoded, described and merged on its node, and its part is written. Every resource is a queue: the driver, the
@@ -16,12 +16,15 @@ import argparse
 import heapq
 import json
 import math
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 NODES = (1, 3, 10, 30, 100, 300, 1000)
 IMAGES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
@@ -97,9 +100,9 @@ class Prediction:
         return max(self.use, key=lambda name: self.use[name])
 
 
-def chunk_images(images: int, base: int = 16, parts: int = 100_000) -> int:
-    """Photos of a chunk: `base`, and more where there would be more than `parts` chunks."""
-    return max(base, math.ceil(images / parts))
+def chunk_images(images: int, base: int = 16, most: int = 128, parts: int = 16_384) -> int:
+    """Photos of a chunk, as in `stages.precompute`: `base`, and up to `most` where there would be many parts."""
+    return max(base, min(most, math.ceil(images / parts)))
 
 
 class Simulation:
@@ -245,6 +248,25 @@ def set_up(name: str, costs: Costs) -> tuple[Costs, Node]:
     return replace(costs, features=DINO_SECONDS), GPU_NODE
 
 
+def driver_seconds(chunks: int = 1000) -> float:
+    """Seconds between two finished chunks of one tiny photo each: what handing out and recording a chunk takes.
+
+    An upper bound: the workers, which share the machine, read, merge and write the tiny photo in that time too.
+    """
+    from mis_platform.config import DataConfig, FeaturesConfig, Resources
+    from mis_platform.stages import cluster, precompute
+    from mis_platform.storage import Storage
+
+    with tempfile.TemporaryDirectory() as folder, cluster.cluster():
+        photo = Path(folder, "photo.png")
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(photo)
+        photos = [(f"photo-{k}", str(photo).encode()) for k in range(chunks)]
+        features, out = FeaturesConfig(extractor="color_texture"), Storage(str(Path(folder, "out")))
+        records = precompute.compute(photos, features, DataConfig(), Resources(chunk_images=1), out)
+        times = [time.perf_counter() for _ in records]
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
 # -- output ----------------------------------------------------------------------------------------------------------
 
 
@@ -283,8 +305,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=MEASURED)
     parser.add_argument("--setup", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--driver", action="store_true", help="measure what the driver costs a chunk and stop")
     parser.add_argument("--check", action="store_true", help="compare with the measured points and stop")
     arguments = parser.parse_args()
+    if arguments.driver:
+        print(f"{driver_seconds():.4f} s a chunk")
+        return
     costs, measured = read_costs(arguments.measured)
     if arguments.check:
         print("\n".join(check(costs, measured, BUCKET)))

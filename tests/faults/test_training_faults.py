@@ -71,6 +71,7 @@ def stepped(command: Command, step: int) -> Callable[[], bool]:
 # -- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_says_so(tmp_path: Path) -> None:
     """No checkpoint is due for long: what there is, was written because of the notice."""
     with mis_train(tmp_path) as command:
