@@ -40,8 +40,8 @@ SETTINGS = [
     "clicks.iterative_clicks=1",
     "augment.color_augmentation=false",
 ]
-# Batches of 2 leave the plateau of the mean, where a transformer from scratch begins, after about 1 000 images; batches of
-# 4 needed twice as many on one machine and had not left it after 2 000 on another.
+# Batches of 2 leave the plateau of the mean, where a transformer from scratch begins, after about 1 000 images; batches
+# of 4 needed twice as many on one machine and had not left it after 2 000 on another.
 # Two processes of one core each are half as fast again as one with two threads: the model's matrices are too small.
 RESOURCES = ["num_workers=2", "log_every=5", "checkpoint_every=100"]
 
