@@ -40,6 +40,7 @@ NEVER = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: time to commit a checkpoint
 TIMEOUT = (10.0, 120.0)  # seconds to connect, and between two bytes of an answer
 PATIENCE = 600.0  # seconds without the cluster before it counts as lost
+AGENT_TRIES = 6
 HEARTBEAT = 20.0  # seconds: a connection that is silently gone is noticed
 WORDS, IDENTITY = "mis.words", "mis.identity"
 OURS = {0, 1, 2, 3, 4, 5, 6, 75, 130}  # exit codes of our own command; 1 is a fault of ours, with a traceback
@@ -188,13 +189,23 @@ class Cluster:
         name = new_id(words)
         with tempfile.TemporaryDirectory(prefix="mis-submit-") as folder, self._explained():
             packing.pack(files, Path(folder))
-            self._client.submit_job(
+            self._send(
                 entrypoint=entrypoint(words),
                 submission_id=name,
                 runtime_env={"working_dir": folder, "env_vars": environment},
                 metadata={WORDS: shlex.join(words), IDENTITY: identity},
             )
         return name
+
+    def _send(self, **job: Any) -> None:
+        """Submit; a head that has only just started is given a minute to take jobs (it looks for 10 s at each try)."""
+        for tries_left in reversed(range(AGENT_TRIES)):
+            try:
+                self._client.submit_job(**job)
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or not tries_left:
+                    raise
 
     def follow(
         self,

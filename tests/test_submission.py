@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -216,13 +217,13 @@ def address() -> Iterator[str]:
         with open(Path(folder, "head.log"), "w") as log:
             head = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            wait_for(lambda: head.poll() is not None or has_agent(url), seconds=100)
+            wait_for(lambda: head.poll() is not None or listens(dashboard), seconds=100)
             assert head.poll() is None, Path(folder, "head.log").read_text()
             yield url
         finally:
             head.terminate()  # it ends what it started
             with contextlib.suppress(subprocess.TimeoutExpired):
-                head.wait(timeout=20)
+                head.wait(timeout=5)
             for process in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError):
                     if folder.encode() in (process / "cmdline").read_bytes():
@@ -230,12 +231,9 @@ def address() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def has_agent(url: str) -> bool:
-    """Whether the head takes jobs already; for that, its agent has to be there."""
-    headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
-    with contextlib.suppress(requests.RequestException):
-        return requests.get(f"{url}/api/jobs/", headers=headers, timeout=5).status_code == 200
-    return False
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -450,6 +448,20 @@ def test_a_run_with_refused_photos_says_four(address, tmp_path, real_data, monke
     assert done.returncode == 4, output + told
     assert "quarantined 1" in output
     assert "exit code 4" in told
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_doctor_looks_at_the_cluster_that_it_is_sent_to(address, tmp_path):
+    words = ["doctor", "ablation_alpha", "--profile", "smoke", "--root", str(tmp_path / "root")]
+    with mis("submit", "--address", address, "--", *words) as done:
+        output, told = done.communicate(timeout=110)
+    assert done.returncode == 0, output + told
+    assert "ok    token: in RAY_AUTH_TOKEN" in output
+    assert re.search(r"ok    cluster: joined \S+:\d+ in .* 1 node\(s\)", output), output
+    assert "1 node(s): 1 training(s) x 1 worker(s)" in output
+    assert os.environ["RAY_AUTH_TOKEN"] not in output + told
 
 
 @contextlib.contextmanager
