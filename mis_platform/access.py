@@ -6,14 +6,14 @@ reaches the port owns the cluster. So this package talks without one only to the
 
 import ipaddress
 import os
-import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
+
+from mis_platform.redaction import scrub
 
 PLACES = "RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"  # in the order in which Ray looks
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def check_dashboard(address: str) -> str:
     """
     url = urlsplit(address if "://" in address else f"http://{address}")
     if url.scheme not in {"http", "https"}:
-        raise ValueError(
-            f"--address {without_password(address)}: the Jobs API is at http(s)://HOST:8265; ray:// is not used"
-        )
+        raise ValueError(f"--address {scrub(address)}: the Jobs API is at http(s)://HOST:8265; ray:// is not used")
     if url.username or url.password:
         raise ValueError(f"--address must not hold a password; the token is looked for in {PLACES}")
     try:
@@ -102,31 +100,6 @@ def check_ray_address(address: str) -> None:
             f"RAY_ADDRESS={address} is not the loopback address and token authentication is off: whoever reaches such "
             f"a cluster can run anything on it. Start it with RAY_AUTH_MODE=token and put its token in {PLACES}"
         )
-
-
-# -- passwords -------------------------------------------------------------------------------------------------------
-
-
-def has_password(text: str) -> bool:
-    """Whether `text` holds a password: inside a URI, in its query, or the value of a secret environment variable."""
-    secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 6]
-    if any(value in text for value in secrets):
-        return True
-    for uri in re.findall(r"[A-Za-z][\w+.-]*://\S+", text):
-        head, _, query = uri.partition("?")
-        # Not urlsplit's password: a key before the @ alone, s3://KEY@bucket, is a secret's half as well.
-        if re.search(r"://[^/@\s]+@", head) or any(SECRET_NAME.search(name) for name, _ in parse_qsl(query)):
-            return True
-    return False
-
-
-def without_password(text: str) -> str:
-    """`text` with what has_password finds blotted out."""
-    text = re.sub(r"://[^/@\s]+@", "://***@", text)
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return re.sub(r"([?&][^=&\s]*(?:secret|token|password|key)[^=&\s]*=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def _is_public(host: str, port: int) -> bool:

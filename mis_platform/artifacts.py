@@ -195,10 +195,12 @@ def _is_manifest(value: Any) -> bool:
 
 
 def _is_part(value: Any) -> bool:
-    if not isinstance(value, dict) or type(value.get("rows")) is not int:
-        return False
-    name = value.get("name")
-    return isinstance(name, str) and name.isprintable() and isinstance(value.get("sha256"), str)
+    kinds = {"name": str, "rows": int, "bytes": int, "sha256": str, "digest": str}
+    return (
+        isinstance(value, dict)
+        and all(type(value.get(key)) is kind for key, kind in kinds.items())
+        and value["name"].isprintable()
+    )
 
 
 def check_identity(stage: Stage, manifest: Mapping[str, Any]) -> None:

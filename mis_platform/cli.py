@@ -529,7 +529,11 @@ def _check_command(words: list[str]) -> None:
         if not rest or rest[0] not in command.commands:
             raise ValueError(f"no command `mis {' '.join(words)}`{nearest(rest[0] if rest else '', command.commands)}")
         command = command.commands[rest.pop(0)]
-    command.make_context(f"mis {' '.join(words[: len(words) - len(rest)])}", rest)
+    context = command.make_context(f"mis {' '.join(words[: len(words) - len(rest)])}", rest)
+    if (name := context.params.get("name")) is not None:
+        from mis_platform.experiment import load_experiment
+
+        load_experiment(name)
 
 
 def _print_settings(

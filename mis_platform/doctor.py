@@ -26,7 +26,6 @@ import ray
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mis_platform import access, tracking
 from mis_platform.config import TRAINED, Resources, Run
@@ -36,6 +35,7 @@ from mis_platform.experiment import Experiment, load_experiment
 from mis_platform.model import hub
 from mis_platform.model.features import BACKBONES, WITHOUT_WEIGHTS, weights_file
 from mis_platform.model.weights import MAE_REPOSITORIES, WEIGHTS_FILE, fetch_mae
+from mis_platform.redaction import scrub
 from mis_platform.stages import cluster, train
 from mis_platform.storage import TEMPORARY, Storage
 from mis_platform.sweep import WHEEL_BENCHMARK, WHEEL_PHOTOS
@@ -69,7 +69,7 @@ class Finding:
 
     def __str__(self) -> str:
         text = f"{self.state:<4}  {self.what}" + (f"\n      -> {self.fix}" if self.fix else "")
-        return tracking.scrub(access.without_password(text))
+        return scrub(text)
 
 
 Findings = Iterator[Finding]
@@ -194,13 +194,8 @@ def _join(stack: contextlib.ExitStack) -> Findings:
         fix = "is it running, and reachable from here? From outside a cluster use `mis submit -- doctor`"
         yield Finding(FAIL, f"cluster: {address} cannot be joined: {_line(error)}", fix, LOST)
         return
-    nodes = len(_nodes())
+    nodes = len(cluster.nodes())
     yield Finding(OK, f"cluster: joined {address} in {time.monotonic() - started:.1f} s, {nodes} node(s)")
-
-
-def _nodes() -> list[str]:
-    """Ids of the nodes that are alive; none without a cluster."""
-    return [node["NodeID"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
 
 
 def _gpus(resources: Resources) -> Findings:
@@ -216,7 +211,7 @@ def _gpus(resources: Resources) -> Findings:
 
 def _capacity(resources: Resources) -> Findings:
     """The arithmetic of a training and of a sweep on these CPUs and GPUs."""
-    where = f"{len(_nodes())} node(s)" if ray.is_initialized() else "this machine"
+    where = f"{len(cluster.nodes())} node(s)" if ray.is_initialized() else "this machine"
     trials, workers = train.trials_at_once(resources), resources.num_workers
     scaling, loaders, threads = train.plan(resources.model_copy(update={"trials": trials}))
     has = {"CPU": cluster.cpus(), "GPU": cluster.gpus()}
@@ -286,38 +281,25 @@ def _storage(root: Storage) -> Findings:
                 root.local.rmdir()
 
 
-@ray.remote(num_cpus=0)
-def _sees(paths: Sequence[str]) -> list[bool]:
-    return [Path(path).exists() for path in paths]
-
-
 def _sharing(root: Storage, data_root: Path | None) -> Findings:
     """Whether every node of a cluster sees what is a path here; measured on each."""
-    nodes = _nodes()
-    if len(nodes) < 2:
+    count = len(cluster.nodes())
+    if count < 2:
         return
-    with contextlib.ExitStack() as clean:
-        paths = {} if data_root is None else {"data root": str(data_root.expanduser().absolute())}
-        if root.local is not None:
-            mark = f"{TEMPORARY}doctor-{uuid.uuid4().hex}"
-            root.write_bytes(mark, b"")
-            clean.callback(root.remove, mark)
-            paths["root"] = str(root.local / mark)
-        answers = {
-            node: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes
-        }
-        found = ray.get([task.remote(list(paths.values())) for task in answers.values()], timeout=60)
-    for index, (what, path) in enumerate(paths.items()):
-        blind = [node[:8] for node, seen in zip(answers, found) if not seen[index]]
-        shown = str(root) if what == "root" else path
-        if blind:
-            fix = "use s3://..., or a folder that all nodes mount under the same path"
-            kind = DATA if what == "data root" else USAGE
-            some = f"{len(blind)} of {len(nodes)} nodes do not see it ({', '.join(blind[:5])})"
-            text = f"{what}: {shown} is not shared: {some}"
-            yield Finding(FAIL, text, fix, kind)
+    if root.local is not None:
+        try:
+            cluster.check_shared(root)
+        except ValueError as error:
+            yield Finding(FAIL, f"root: {_line(error)}")
         else:
-            yield Finding(OK, f"{what}: {shown} is seen by all {len(nodes)} nodes")
+            yield Finding(OK, f"root: {root} is seen by all {count} nodes")
+    if data_root is not None:
+        path = data_root.expanduser().absolute()
+        if blind := cluster.nodes_without(path):
+            fix = "copy it to every node, or mount it there under the same path"
+            yield Finding(FAIL, f"data root: {path} is not there on {', '.join(blind)}", fix, DATA)
+        else:
+            yield Finding(OK, f"data root: {path} is seen by all {count} nodes")
 
 
 # -- what a run reads ------------------------------------------------------------------------------------------------

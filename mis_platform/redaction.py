@@ -10,6 +10,11 @@ _USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")  # of a URI, "user:password@"
 _QUERY = re.compile(rf"([?&][^=&\s]*(?:{SECRET_NAME.pattern})[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
+def holds_secret(text: str) -> bool:
+    """Whether `scrub` would blot anything out."""
+    return scrub(text) != text
+
+
 def scrub(text: str) -> str:
     """`text` without passwords: neither those inside a URI nor the values of secret environment variables."""
     text = _QUERY.sub(r"\1***", _USER_INFO.sub("***@", text))

@@ -31,6 +31,7 @@ from mis_platform import access, packing
 from mis_platform.artifacts import git_commit
 from mis_platform.config import fingerprint
 from mis_platform.progress import duration
+from mis_platform.redaction import holds_secret, scrub
 
 for _talkative in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
     logging.getLogger(_talkative).setLevel(logging.WARNING)
@@ -91,7 +92,7 @@ class Job:
         code = self.driver_exit_code
         if code is None:
             lines = [line.strip() for line in self.message.splitlines() if line.strip()]
-            return f"the job was lost: {access.without_password(' '.join(lines[:3]))[:500] or 'no reason is known'}"
+            return f"the job was lost: {scrub(' '.join(lines[:3]))[:500] or 'no reason is known'}"
         if code in OURS:
             return f"exit code {code}"
         number = -code if code < 0 else code - 128
@@ -245,7 +246,7 @@ class Cluster:
                 f"no Ray cluster answers at {self.address} ({_cause(error)}); is it running, does a tunnel lead there?"
             ) from None
         except (RuntimeError, KeyError, TypeError) as error:  # the last two: another program's JSON
-            reason = " ".join(access.without_password(str(error)).split())[:500]
+            reason = " ".join(scrub(str(error)).split())[:500]
             raise ConnectionError(f"the cluster at {self.address} answers with an error: {reason}") from None
 
     @contextlib.asynccontextmanager
@@ -348,7 +349,7 @@ def variables(names: Sequence[str], address: str) -> dict[str, str]:
     """
     chosen = {name: os.environ[name] for name in HANDED_ON if os.environ.get(name)}
     for name, value in chosen.items():
-        if access.has_password(value):
+        if holds_secret(value):
             raise ValueError(
                 f"{name} holds a password or key, which the cluster would keep readable; give it to the cluster itself "
                 "(its environment or instance role), or as a variable of its own with --env NAME"
@@ -374,10 +375,8 @@ def check_words(words: Sequence[str]) -> list[str]:
     """Notes on absolute paths, which every node must see. Raises ValueError for a password or a path of this folder."""
     notes = []
     for before, word in zip(["", *words], words):
-        if access.has_password(word):
-            raise ValueError(
-                f"{access.without_password(word)} holds a password or key: the cluster keeps a job's words readable"
-            )
+        if holds_secret(word):
+            raise ValueError(f"{scrub(word)} holds a password or key: the cluster keeps a job's words readable")
         for path in _paths(before, word):
             here = Path(path).expanduser()
             if here.is_absolute() and _exists(here):
@@ -442,7 +441,7 @@ def _job(details: JobDetails) -> Job:
     return Job(
         id=details.submission_id or details.job_id or "",
         state=details.status.value,
-        words=access.without_password(metadata.get(WORDS) or details.entrypoint),
+        words=scrub(metadata.get(WORDS) or details.entrypoint),
         start=details.start_time / 1000 if details.start_time else None,
         end=details.end_time / 1000 if details.end_time else None,
         driver_exit_code=details.driver_exit_code,

@@ -37,6 +37,7 @@ from mis_platform.data import synthetic
 from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
 from mis_platform.experiment import Experiment, Row, load_experiment
+from mis_platform.model.weights import CONFIG_FILE, licence_of, parse_config
 from mis_platform.stages import cluster, train
 from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
@@ -498,10 +499,6 @@ def _record_report(
         sweep.directory.write_bytes(name, text.encode())
 
 
-MAE_LICENCE = "started from MAE weights, which are CC-BY-NC 4.0: no commercial use of this model"
-OWN_LICENCE = "trained from random weights on the photos of the run; only their licences matter"
-
-
 def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracker) -> None:
     """The row with the least NoC@90 on its first benchmark becomes a version of the registered model `mis-NAME`."""
     trained = {task.row.name for task in sweep.tasks if task.is_trained}
@@ -515,8 +512,8 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
     task = next(task for task in done if task.row.name == best.row)
     model = task.training(sweep.resources).directory(sweep.root)
     if model.local is not None:
-        side, first = task.run.model.image_size, task.row.pretraining or task.run
-        licence = MAE_LICENCE if first.model.init == "mae" else OWN_LICENCE
+        licence = licence_of(parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}"))
+        side = task.run.model.image_size
         parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
 
 

@@ -32,11 +32,9 @@ from mis_platform.stages.products import TREES_PRODUCT
 from mis_platform.storage import TEMPORARY, Storage, check_name
 
 TABLES = ("trees", "proposals")  # stages whose parts can be made again one by one
-FLAT, NESTED = (
-    (*TABLES, "checkpoint", "initial"),
-    ("clicks", "overlap"),
-)  # trees/FINGERPRINT, clicks/DATASET/FINGERPRINT
-FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+FLAT = (*TABLES, "checkpoint", "initial")  # trees/FINGERPRINT
+NESTED = ("clicks", "overlap")  # clicks/DATASET/FINGERPRINT
+FINGERPRINT, CHECKSUM = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
 ORPHAN_SECONDS = 24 * 3600.0  # a younger file may belong to somebody at work
 READERS = min(16, 2 * (os.cpu_count() or 1))  # parts that are read at once
@@ -78,7 +76,7 @@ class Verdict:
 def verify(root: Storage, names: Iterable[str] = (), on_part: Callable[[int], None] = lambda count: None) -> Verdict:
     """Look at every part of the artifacts called `names` ("trees/0123", a beginning is enough), or of all of them.
 
-    on_part: told how many parts were looked at. Raises DataError for a name that fits none.
+    on_part: told how many parts were looked at. Raises DataError for a name that fits none, and for an empty root.
     """
     verdict = Verdict()
     for artifact in _chosen(root, list(names)):
@@ -96,6 +94,8 @@ def verify(root: Storage, names: Iterable[str] = (), on_part: Callable[[int], No
 
 def _chosen(root: Storage, names: list[str]) -> list[str]:
     found = list(_artifacts(root))
+    if not found:
+        raise DataError(f"there are no artifacts in {root}; is it the right --root?")
     for name in names:
         if not any(each.startswith(name) for each in found):
             raise DataError(f"no artifact in {root} is called {name!r}; there are: {', '.join(found) or 'none'}")
@@ -143,18 +143,21 @@ def _verify_artifact(directory: Storage, artifact: str, verdict: Verdict, on_par
 
 
 def _check_manifest(manifest: Mapping[str, Any], artifact: str) -> None:
-    """Raises ValueError when it is not the manifest of this address, or does not add up."""
-    missing = {*IDENTITY, "fingerprint", "digest", "parts"} - manifest.keys()
+    """Raises ValueError when it is not the manifest of this address, or does not add up.
+
+    manifest: as `read_manifest` lets it pass.
+    """
+    missing = set(IDENTITY) - manifest.keys()
     if missing:
         raise ValueError(f"the manifest lacks {min(missing)!r}")
     if f"{manifest['stage']}/{manifest['fingerprint']}" != artifact:
         raise ValueError(f"it belongs to {manifest['stage']}/{manifest['fingerprint']}")
     if fingerprint({name: manifest[name] for name in IDENTITY}) != manifest["fingerprint"]:
         raise ValueError("its settings were altered: they have another fingerprint")
-    if not isinstance(manifest["parts"], list):
-        raise ValueError("its parts are no list")
     for part in manifest["parts"]:
-        _check_entry(part)
+        check_name(part["name"])
+        if any(not CHECKSUM.fullmatch(part[name]) for name in ("sha256", "digest")):
+            raise ValueError(f"the checksums of {part['name']} are none")
     names = [part["name"] for part in manifest["parts"]]
     if len(set(names)) != len(names):
         raise ValueError("a part is listed twice")
@@ -163,15 +166,6 @@ def _check_manifest(manifest: Mapping[str, Any], artifact: str) -> None:
         and combine_digests([part["digest"] for part in manifest["parts"]]) != manifest["digest"]
     ):
         raise ValueError("the digests of its parts do not add up to its digest")
-
-
-def _check_entry(part: Any) -> None:
-    kinds = {"name": str, "rows": int, "bytes": int, "sha256": str, "digest": str}
-    if not isinstance(part, dict) or any(not isinstance(part.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError(f"an entry of its parts lacks {', '.join(kinds)}")
-    check_name(part["name"])
-    if any(not re.fullmatch("[0-9a-f]{64}", part[name]) for name in ("sha256", "digest")):
-        raise ValueError(f"the checksums of {part['name']} are none")
 
 
 def _is_table(stage: str) -> bool:

@@ -1,4 +1,4 @@
-"""Real `mis` processes for fault tests: started in a session of their own, watched, signalled, never left behind."""
+"""`mis` for tests: in this process, or as a process of its own that is watched, signalled and never left behind."""
 
 import contextlib
 import os
@@ -10,6 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from mis_platform import cli
+
 MARK = "MIS_TEST_PROCESS"  # in the environment of the command and of everything that it starts
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -18,6 +22,17 @@ TINY = [
     *("--set", "model.variant=vit_xt", "--set", "model.init=random", "--set", "model.image_size=224"),
     *("--set", "train.batch_size=2", "--set", "train.learning_rate=1e-4", "--set", "resources.log_every=1"),
 ]
+
+
+def mis(*arguments: str | Path) -> int:
+    """Exit code of `mis ARGUMENTS`, run in this process."""
+    argv, sys.argv = sys.argv, ["mis", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = argv
+    return int(stop.value.code or 0)
 
 
 class Command:

@@ -9,20 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import mis
 from PIL import Image
 
 from mis_platform import cli
-
-
-def mis(*arguments: str) -> int:
-    """Exit code of `mis ARGUMENTS`, run in this process."""
-    argv, sys.argv = sys.argv, ["mis", *arguments]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = argv
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture
@@ -48,6 +38,9 @@ def photos(tmp_path: Path) -> Path:
         (["precompute", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
         (["data", "verify", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
         (["eval", "--dataset", "grabcut:/nowhere"], 3, "/nowhere"),
+        (["verify", "--root", "/nowhere"], 3, "there are no artifacts in /nowhere"),
+        (["submit", "--", "run", "sweep", "ablation_alfa"], 2, "did you mean ablation_alpha?"),
+        (["submit", "--", "trian"], 2, "did you mean train?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import mis
 
-from mis_platform import cli
 from mis_platform.cluster_files import ERROR, WARNING, check_files
 from mis_platform.cluster_files.launcher import START_FLAGS
 from mis_platform.cluster_files.rules import installed_ray
@@ -25,15 +25,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CLUSTER = REPOSITORY / "cluster"
 BASE = CLUSTER / "kuberay" / "base.yaml"
 SHIPPED = sorted(file for folder in (CLUSTER, BASE.parent) for file in folder.glob("*.yaml"))
-
-
-def mis(*arguments: str) -> int:
-    try:
-        sys.argv = ["mis", *map(str, arguments)]
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def together(file: Path) -> list[Path]:

@@ -203,7 +203,7 @@ def test_every_node_is_asked_what_it_sees(tmp_path, monkeypatch):
         monkeypatch.chdir(here)
         own = Path("/proc/self/cwd")
         apart = list(doctor.examine(Storage(str(own)), own / "..", Resources(), "ablation_alpha", "smoke"))
-        assert any("root: /proc/self/cwd is not shared: 2 of 2 nodes" in str(each) for each in apart)
+        assert any("root: /proc/self/cwd is not the same directory on all 2 nodes" in str(each) for each in apart)
         assert max(each.exit_code for each in apart) == 2
     finally:
         nodes.shutdown()

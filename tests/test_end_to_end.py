@@ -1,12 +1,11 @@
 """The commands of the README on real photographs from wheels: photos in, a scored model and its MLflow record out."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from commands import mis
 from mlflow.tracking import MlflowClient
 
-from mis_platform import cli
 from mis_platform.data import synthetic
 from mis_platform.data.images import read_image
 from mis_platform.evaluation.predictor import Predictor
@@ -19,16 +18,6 @@ TINY = [
     *("--set", "eval.zoom_size=224", "--set", "eval.max_clicks=3"),
     *("--set", "train.batch_size=2", "--set", "train.max_steps=3", "--set", "resources.log_every=1"),
 ]
-
-
-def mis(*arguments: str) -> int:
-    argv, sys.argv = sys.argv, ["mis", *arguments]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = argv
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

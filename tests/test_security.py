@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import ray
+from commands import mis
 from hostile_files import encoded, hostile_photos, picture, write_all
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
-from mis_platform import cli
 from mis_platform.artifacts import Output, Stage, write_manifest
 from mis_platform.data.benchmarks import LAYOUTS, open_dataset
 from mis_platform.data.trees import TreeReader, tree_row
@@ -35,17 +35,6 @@ from mis_platform.storage import Storage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = ("mis_platform", "experiments", "benchmarks", "cluster")
-
-
-def mis(*arguments: str) -> int:
-    """Exit code of `mis ARGUMENTS`, run in this process."""
-    argv, sys.argv = sys.argv, ["mis", *arguments]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = argv
-    return int(stop.value.code or 0)
 
 
 # -- foreign code (S1) -----------------------------------------------------------------------------------------------

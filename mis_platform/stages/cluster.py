@@ -10,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -70,43 +71,49 @@ def check_shared(root: Storage) -> None:
     A file that was written here a moment ago must be read on every node. Raises ValueError that names the nodes which
     cannot, StorageError when the file cannot be written. Nothing is done for one node or an object store.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if root.local is None or len(nodes) < 2:
+    if root.local is None or len(nodes()) < 2:
         return
-    name, nonce = f"{TEMPORARY}shared-{uuid.uuid4().hex}", uuid.uuid4().hex
-    root.write_bytes(name, nonce.encode())
+    name = f"{TEMPORARY}shared-{uuid.uuid4().hex}"
+    root.write_bytes(name, b"")
     try:
-        answers = {_ask(node, root.uri, name): node["NodeManagerHostname"] for node in nodes}
-        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=NODE_SECONDS)
-        silent = [answers[each] for each in answers if each not in ready]
-        blind = [answers[each] for each in ready if not _has_seen(each, nonce)]
+        blind = nodes_without(root.local / name)
     finally:
         root.remove(name)
-    if silent or blind:
+    if blind:
         raise ValueError(
-            f"{root} is not the same directory on all {len(nodes)} nodes of the cluster: a file written there was not "
-            f"seen on {', '.join(sorted(blind + silent))}; use --root s3://bucket/prefix, or a path that is mounted "
-            "from one file server on every node"
+            f"{root} is not the same directory on all {len(nodes())} nodes of the cluster: a file written there was "
+            f"not seen on {', '.join(blind)}; use --root s3://bucket/prefix, or a path that is mounted from one file "
+            "server on every node"
         )
 
 
-def _ask(node: Mapping[str, Any], uri: str, name: str) -> Any:
-    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return _content.options(scheduling_strategy=here).remote(f"{uri}/{name}")
+def nodes() -> list[Mapping[str, Any]]:
+    """What Ray says of each node that is alive; nothing without a cluster."""
+    return [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+
+
+def nodes_without(path: Path) -> list[str]:
+    """Host names, sorted, of the nodes on which there is no such path, or that do not answer."""
+    asked = {_exists.options(scheduling_strategy=_on(node["NodeID"])).remote(str(path)): node for node in nodes()}
+    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
+    lacking = [*silent, *(each for each in ready if not _is_true(each))]
+    return sorted(asked[each]["NodeManagerHostname"] for each in lacking)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _content(path: str) -> str:
-    """Empty where there is no such file."""
-    with contextlib.suppress(OSError), open(path) as file:
-        return file.read()
-    return ""
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
 
 
-def _has_seen(answer: Any, nonce: str) -> bool:
+def _is_true(answer: Any) -> bool:
     with contextlib.suppress(ray.exceptions.RayError):  # a node that has just died
-        return bool(ray.get(answer) == nonce)
+        return bool(ray.get(answer))
     return False
+
+
+def _on(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """There and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 @contextlib.contextmanager
@@ -144,7 +151,7 @@ def scratch(prefix: str) -> Iterator[str]:
 
 def beside(kind: type[Any], *arguments: Any) -> Any:
     """An actor of `kind` on this process's node, whose calls come in order; it needs no CPU of its own."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = _on(ray.get_runtime_context().get_node_id())
     return ray.remote(kind).options(num_cpus=0, scheduling_strategy=here).remote(*arguments)
 
 

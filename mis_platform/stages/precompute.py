@@ -21,6 +21,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -460,7 +461,7 @@ def compute(
     chunks = chunk_dataset(photos, resources.chunk_images)
     chunks.context.max_errored_blocks = LOST_CHUNKS
     chunks.context.execution_no_progress_timeout_s = STALL_SECONDS
-    workers = _workers(resources, gpus)
+    workers = min(_workers(resources, gpus), math.ceil(len(photos) / resources.chunk_images))
     # A chunk that waits at a worker is lost with it. Single photos are handed out one at a time for that reason.
     pool = ray.data.ActorPoolStrategy(
         size=workers, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1

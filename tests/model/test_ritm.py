@@ -9,9 +9,13 @@ from mis_platform.config import EvalConfig
 from mis_platform.evaluation.predictor import Predictor
 from mis_platform.model.ritm import UNUSED, VARIANTS, Ritm
 from mis_platform.model.simpleclick import click_maps
-from mis_platform.model.weights import empty_model, load_model, save_model
+from mis_platform.model.weights import FAMILIES, empty_model, load_model, save_model
 
 State = dict[str, Tensor]
+
+
+def test_its_variants_are_those_that_files_may_name() -> None:
+    assert FAMILIES["ritm"] == tuple(VARIANTS)
 
 
 @pytest.fixture(scope="module")
