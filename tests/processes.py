@@ -60,13 +60,17 @@ def wait_until(true: Callable[[], bool], child: subprocess.Popen[str], seconds: 
 
 
 def kill_group(child: subprocess.Popen[str], sent: signal.Signals = signal.SIGKILL) -> float:
-    """Signal a child and its group; the seconds until all that it had started was gone."""
+    """Signal a child and its group; the seconds until it ended. What it had started must end, too.
+
+    After SIGKILL nobody is left who could stop Ray's processes: they end by themselves, one that is just starting up
+    after half a minute.
+    """
     family = descendants(child.pid)
     began = time.monotonic()
     os.killpg(child.pid, sent)
     child.communicate(timeout=60)
     seconds = time.monotonic() - began
-    wait_until_gone(family, 10)
+    wait_until_gone(family, 60 if sent == signal.SIGKILL else 10)
     return seconds
 
 

@@ -55,7 +55,7 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
         check_ray_address(address)
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
-    with _own_sigterm(), _start_explained(address):
+    with _own_sigterm(), _start_explained(address), _whole_start():
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
     try:
         if root is not None:
@@ -126,6 +126,25 @@ def _start_explained(address: str | None) -> Iterator[None]:
     except Exception as error:
         what = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise ConnectionError(f"{what}: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+@contextlib.contextmanager
+def _whole_start() -> Iterator[None]:
+    """Ray ends the processes of a start that it has finished. Those of one that Ctrl-C cuts off would live on for a
+    minute, until they notice that nobody is there."""
+    import psutil  # comes inside Ray
+
+    def processes() -> set[Any]:
+        return set(psutil.Process().children(recursive=True))
+
+    before = processes()
+    try:
+        yield
+    except BaseException:
+        for process in processes() - before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
 
 
 @contextlib.contextmanager

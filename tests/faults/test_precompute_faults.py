@@ -176,6 +176,18 @@ def test_killed_stopped_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_while_ray_starts_leaves_no_process(tmp_path: Path) -> None:
+    dataset, rng = write_photos(tmp_path / "photos", 60, scale=8), random.Random(0)
+    for k in range(8):
+        with start_driver(dataset, tmp_path / f"out{k}") as child:
+            wait_until(lambda: bool(named(descendants(child.pid), "gcs_server")), child)
+            time.sleep(rng.uniform(0, 3))
+            assert kill_group(child, signal.SIGINT) < 15
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_many_times_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
     """Twenty kills, a third of them while Python and Ray start."""
