@@ -10,7 +10,6 @@ import enum
 import os
 import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -703,46 +702,11 @@ def _spell(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-class _Signals:
-    """A context in which signals stop the work instead of the process: after SIGTERM and Ctrl-C it can be resumed.
-
-    SIGTERM raises Preempted, once: whoever sends it may send it again and again. A second Ctrl-C leaves at once, also
-    from a stop that takes long; the Ray processes that we started end with us.
-    """
-
-    is_stopping = is_preempted = False
-
-    def __enter__(self) -> "_Signals":
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in ((signal.SIGTERM, self._preempt), (signal.SIGINT, self._interrupt)):
-                self._before[number] = signal.signal(number, handler)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _preempt(self, *_: object) -> None:
-        from mis_platform.errors import Preempted
-
-        signal.signal(signal.SIGINT, self._leave)
-        if not self.is_stopping:
-            self.is_stopping = self.is_preempted = True
-            raise Preempted
-
-    def _interrupt(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._leave)
-        self.is_stopping = True
-        raise KeyboardInterrupt
-
-    def _leave(self, *_: object) -> None:
-        os._exit(INTERRUPTED)
-
-
 def main() -> None:
     """Run the command line; the one place where signals and errors become exit codes."""
-    with _Signals() as signals:
+    from mis_platform.stopping import Signals
+
+    with Signals(INTERRUPTED) as signals:
         try:
             _main()
         except BaseException as error:

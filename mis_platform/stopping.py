@@ -5,10 +5,17 @@ that process instead, and its work looks here now and then.
 """
 
 import contextlib
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from mis_platform.errors import Preempted
+
+SWALLOWED_SECONDS = 0.1  # until a signal whose exception was lost comes again
 
 _asked: ContextVar[Callable[[], bool] | None] = ContextVar("asked", default=None)
 
@@ -28,3 +35,61 @@ def check() -> None:
     asked = _asked.get()
     if asked is not None and asked():
         raise Preempted
+
+
+class Signals:
+    """A context in which signals stop the work instead of the process: after SIGTERM and Ctrl-C it can be resumed.
+
+    SIGTERM raises Preempted, once: whoever sends it may send it again and again. A second Ctrl-C leaves at once with
+    the exit code given, also from a stop that takes long; the Ray processes that we started end with us.
+
+    An exception that is raised while Python calls a finaliser or a weak reference's callback, as there are many while
+    modules are imported and Ray starts, is printed and forgotten. Ours come again.
+    """
+
+    is_stopping = is_preempted = False
+
+    def __init__(self, interrupted: int) -> None:
+        self._interrupted = interrupted
+
+    def __enter__(self) -> "Signals":
+        self._before: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in ((signal.SIGTERM, self._preempt), (signal.SIGINT, self._interrupt)):
+                self._before[number] = signal.signal(number, handler)
+            sys.unraisablehook = self._come_again
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _preempt(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._leave)
+        if not self.is_stopping:
+            self.is_stopping = self.is_preempted = True
+            raise Preempted
+
+    def _interrupt(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._leave)
+        self.is_stopping = True
+        raise KeyboardInterrupt
+
+    def _leave(self, *_: object) -> None:
+        os._exit(self._interrupted)
+
+    def _come_again(self, lost: Any) -> None:
+        """What Python calls for an exception that nobody can catch."""
+        if lost.exc_type not in (KeyboardInterrupt, Preempted):
+            self._hook(lost)
+            return
+        self.is_stopping = False
+        number, handler = signal.SIGINT, self._interrupt
+        if lost.exc_type is Preempted:
+            number, handler = signal.SIGTERM, self._preempt
+        signal.signal(number, handler)
+        again = threading.Timer(SWALLOWED_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()

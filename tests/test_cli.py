@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -84,6 +85,24 @@ def test_signals_stop_the_work_and_not_the_stopping(signals, code, expected, is_
     assert expected in printed
     assert "Traceback" not in printed
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_that_a_finaliser_swallows_comes_again(number, code, capsys, monkeypatch):
+    class Finaliser:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def show(*_: object) -> None:
+        Finaliser()
+        time.sleep(10)
+        raise AssertionError("the signal was lost")
+
+    monkeypatch.setattr(cli, "_print_settings", show)
+    hook = sys.unraisablehook
+    assert mis("show") == code
+    assert sys.unraisablehook == hook
+    assert "Finaliser" not in capsys.readouterr().err
 
 
 STUBBORN = """

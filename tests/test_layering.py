@@ -97,6 +97,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "redaction",
             "report",
             "stages",
+            "stopping",
             "storage",
             "submission",
         }

@@ -17,6 +17,7 @@ from mis_platform.config import DataConfig, FeaturesConfig, Resources
 from mis_platform.data.benchmarks import open_dataset
 from mis_platform.leases import hold
 from mis_platform.stages import precompute
+from mis_platform.stopping import Signals
 from mis_platform.storage import Storage
 
 
@@ -46,9 +47,9 @@ def main() -> None:
     if options.steps:
 
         def through_the_object_store(
-            chunks: Any, features: FeaturesConfig, data: DataConfig, out: Storage, pool: Any, product: Any
+            chunks: Any, features: FeaturesConfig, data: DataConfig, out: Storage, pool: Any, *product: Any
         ) -> Any:
-            return precompute.in_steps(chunks, features, data, out, options.chunk, pool, "cpu", None, product)
+            return precompute.in_steps(chunks, features, data, out, options.chunk, pool, "cpu", None, *product)
 
         precompute.in_whole_chunks = through_the_object_store
     resources = Resources(chunk_images=options.chunk, extractors=options.extractors)
@@ -59,4 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with Signals(130):
+        main()
