@@ -41,7 +41,7 @@ class Signals:
     """A context in which signals stop the work instead of the process: after SIGTERM and Ctrl-C it can be resumed.
 
     SIGTERM raises Preempted, once: whoever sends it may send it again and again. A second Ctrl-C leaves at once with
-    the exit code given, also from a stop that takes long; the Ray processes that we started end with us.
+    the exit code given, also from a stop that takes long, and ends the processes that we started.
 
     An exception that is raised while Python calls a finaliser or a weak reference's callback, as there are many while
     modules are imported and Ray starts, is printed and forgotten. Ours come again.
@@ -78,6 +78,11 @@ class Signals:
         raise KeyboardInterrupt
 
     def _leave(self, *_: object) -> None:
+        psutil: Any = sys.modules.get("psutil")  # it comes inside Ray: without it there is nothing to end
+        if psutil is not None:  # Ray's processes notice that we are gone, but some of them only after a minute
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         os._exit(self._interrupted)
 
     def _come_again(self, lost: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from commands import mis
 from PIL import Image
+from processes import running
 
 from mis_platform import cli
 
@@ -107,15 +108,22 @@ def test_a_signal_that_a_finaliser_swallows_comes_again(number, code, capsys, mo
 
 STUBBORN = """
 import signal
+import subprocess
 import sys
 import time
+
+import ray
+import psutil
+
 from mis_platform import cli
+
+child = subprocess.Popen(["sleep", "60"], start_new_session=True)
 
 def show(*_):
     try:
         signal.raise_signal(signal.SIGINT)
     finally:
-        print("stopping", flush=True)
+        print(child.pid, flush=True)
         time.sleep(60)
 
 cli._print_settings = show
@@ -124,12 +132,14 @@ cli.main()
 """
 
 
-def test_a_second_ctrl_c_leaves_at_once():
+def test_a_second_ctrl_c_leaves_at_once_and_alone():
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout.readline() == "stopping\n"
+        child = int(process.stdout.readline())
+        assert child in running()
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
+        assert child not in running()
     finally:
         process.kill()
         process.communicate()

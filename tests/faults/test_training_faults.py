@@ -60,7 +60,7 @@ def stepped(command: Command, step: int) -> Callable[[], bool]:
     """Whether the command has said that it has reached a step."""
 
     def is_so() -> bool:
-        words = command.said().replace("/", " ").split()
+        words = command.said().replace("/", " ").replace(",", " ").split()
         return any(
             word == "step" and number.isdigit() and int(number) >= step for word, number in itertools.pairwise(words)
         )
