@@ -46,9 +46,16 @@ def _depth(error: np.ndarray) -> np.ndarray:
     """Distance of every error pixel to the nearest pixel that is none: float32 [H, W], in pixels.
 
     OpenCV's precise transform on the whole frame: the published clicks depend on its float32 rounding, so neither
-    another library's transform nor a transform of a crop is a substitute.
+    another library's transform nor a transform of a crop is a substitute. OpenCV hands small frames, and with one
+    thread all of them, to Intel's IPP, whose last bits depend on where in memory the frame lies: which of several
+    deepest pixels is clicked would be chance. Its own code rounds the square root of the exact squared distance.
     """
     if not error.any():
         return np.zeros(error.shape, np.float32)
     padded = np.pad(error, 1).view(np.uint8)  # the frame counts as border
-    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    before = cv2.ipp.useIPP()  # of this thread
+    cv2.ipp.setUseIPP(False)
+    try:
+        return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    finally:
+        cv2.ipp.setUseIPP(before)

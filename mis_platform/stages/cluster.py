@@ -65,6 +65,16 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+def is_lost() -> bool:
+    """Whether the Ray that this process started has ended under it, as when a whole process group gets SIGTERM."""
+    if os.environ.get("RAY_ADDRESS") or not ray.is_initialized():
+        return False
+    import psutil  # comes inside Ray
+
+    children = psutil.Process().children()
+    return not any(each.name() == "raylet" and each.status() != psutil.STATUS_ZOMBIE for each in children)
+
+
 def check_shared(root: Storage) -> None:
     """Refuse a local path on a cluster of several nodes that do not all see it; one on NFS passes.
 

@@ -56,7 +56,7 @@ from mis_platform.simulation.proposals import best_overlap
 from mis_platform.stages import cluster
 from mis_platform.storage import Storage
 
-VERSION = 1
+VERSION = 2  # 2: among equally deep errors the first is clicked, not one by chance
 OVERLAP_VERSION = 2  # of `evaluate_proposals`
 
 GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU

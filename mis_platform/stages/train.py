@@ -285,8 +285,9 @@ def _follow(fit: "Future[Any]", channel: Any, job: Job, relay: Relay) -> None:
     except BaseException as reason:  # Ctrl-C, SIGTERM, or on_metrics failed: the workers must not go on
         _say("stopping after this step; the same command resumes")
         channel.stop.remote()
-        with contextlib.suppress(Exception):
-            fit.result(timeout=seconds_to_stop(reason))
+        until = time.monotonic() + seconds_to_stop(reason)
+        while not fit.done() and time.monotonic() < until and not cluster.is_lost():
+            time.sleep(POLL_SECONDS)
         raise
     finally:
         story.close()

@@ -1,5 +1,6 @@
 """The click robot against goldens of the official evaluator, SciPy's distance transform and scikit-learn's Jaccard."""
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import jaccard_score
 
-from mis_platform.evaluation.clicks import iou, next_click
+from mis_platform.evaluation.clicks import _depth, iou, next_click
 from mis_platform.simulation.clicks import Click
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)
@@ -96,3 +97,21 @@ def test_iou_is_scikit_learns_jaccard_on_the_valid_pixels(pair):
         assert score == np.float32(expected)
     else:
         assert score == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(60, 80), (62, 62), (320, 480)])
+def test_depths_are_rounded_roots_wherever_the_frame_lies(shape, threads):
+    """OpenCV with Intel's IPP fails this: its last bits depend on the address."""
+    rng = np.random.default_rng(0)
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(threads)
+    try:
+        for _ in range(20):
+            error = cv2.GaussianBlur(rng.random(shape, np.float32), (0, 0), 5) > 0.5
+            squared = (distance_transform_edt(np.pad(error, 1))[1:-1, 1:-1] ** 2).round()
+            kept = [np.empty(int(rng.integers(1, 200)), np.uint8) for _ in range(50)]  # moves what is allocated next
+            assert np.array_equal(_depth(error), np.sqrt(squared).astype(np.float32))
+            del kept
+    finally:
+        cv2.setNumThreads(before)

@@ -6,6 +6,7 @@ Prints what the test wants to know; each story runs the same training undisturbe
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -95,7 +96,10 @@ class Nodes:
     def __init__(self) -> None:
         os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
         self.cluster = Cluster()
-        self.cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_host="127.0.0.1")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port)
         self.nodes = [self.add() for _ in range(2)]
 
     def add(self) -> Any:
