@@ -71,7 +71,7 @@ class FeaturesConfig(Settings):
     # Photos of one network size that are described at once. A batch changes the last bits of features, so this is no
     # matter of resources: every forward pass has exactly that many photos, an incomplete one is filled up with copies
     # (fewer where the photos are large: features.BATCH_PATCHES). color_texture takes photos one at a time anyway.
-    batch_size: int = Field(1, ge=1, le=1024)
+    batch_size: int = Field(1, ge=1)
 
     younger: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
