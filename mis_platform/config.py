@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -39,6 +39,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    # Settings younger than the first artifacts: at their default they are no part of an identity, so addresses stay.
+    younger: ClassVar[frozenset[str]] = frozenset()
+
 
 class DataConfig(Settings):
     """What counts as a usable photo."""
@@ -65,6 +68,12 @@ class FeaturesConfig(Settings):
     position_resize: Literal["bicubic", "bilinear"] = "bicubic"  # official code | paper
     layer: Literal["final_norm", "last_block"] = "final_norm"  # official code | paper
     precision: Precision = "fp32"
+    # Photos of one network size that are described at once. A batch changes the last bits of features, so this is no
+    # matter of resources: every forward pass has exactly that many photos, an incomplete one is filled up with copies
+    # (fewer where the photos are large: features.BATCH_PATCHES). color_texture takes photos one at a time anyway.
+    batch_size: int = Field(1, ge=1)
+
+    younger: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
 
 class SamplingConfig(Settings):
@@ -294,7 +303,7 @@ class Resources(Settings):
     use_gpu: bool | None = None  # None: if the cluster has one
     batch_per_device: int = Field(8, ge=1)  # images per forward of training; never changes the effective batch
     extractors: int | None = Field(None, ge=1)  # feature actors; None: one for each GPU, else one for each CPU
-    chunk_images: int = Field(16, ge=1)  # photos that travel together through precompute
+    chunk_images: int = Field(16, ge=1)  # photos that travel together through precompute; batches are formed in them
     loaders: int | None = Field(None, ge=1)  # tasks that make training examples; None: from the free CPUs
     eval_workers: int | None = Field(None, ge=1)
     eval_batch: int = Field(8, ge=1)  # objects per forward
@@ -404,8 +413,8 @@ def _explain(fault: Any) -> str:
 
 def plain(value: Any) -> Any:
     """`value` as JSON types. Anything without one stable spelling is refused (TypeError)."""
-    if isinstance(value, BaseModel):
-        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Settings):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields if _decides(value, name)}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -413,6 +422,10 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{type(value).__name__} has no canonical spelling: {value!r}")
+
+
+def _decides(settings: Settings, name: str) -> bool:
+    return name not in settings.younger or getattr(settings, name) != type(settings).model_fields[name].default
 
 
 def canonical(value: Any) -> str:

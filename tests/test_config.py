@@ -86,6 +86,16 @@ def test_the_fingerprint_of_the_paper_is_kept():
     assert fingerprint(Run()) == "3a7492ec4f91169a"
 
 
+def test_settings_younger_than_artifacts_leave_their_addresses():
+    assert "batch_size" not in plain(Run())["features"]
+    assert fingerprint(override(Run(), ["features.batch_size=1"])) == fingerprint(Run())
+    batched = override(Run(), ["features.batch_size=8"])
+    assert fingerprint(batched) != fingerprint(Run())
+    assert plain(batched)["features"]["batch_size"] == 8
+    assert Run.model_validate(plain(batched)) == batched
+    assert flatten(Run())["features.batch_size"] == 1
+
+
 def test_resources_are_not_part_of_a_run():
     assert not set(flatten(Run())) & set(flatten(Resources()))
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 
-from mis_platform.config import EvalConfig
+from mis_platform.config import EvalConfig, FeaturesConfig
 from mis_platform.evaluation.protocol import Sample, evaluate
+from mis_platform.model.features import build_extractor
 from mis_platform.model.losses import smoothness_loss
 from mis_platform.model.simpleclick import SimpleClick
 
@@ -59,3 +61,18 @@ def test_batched_evaluation_makes_the_clicks_of_one_at_a_time():
         for batch in (1, 6)
     )
     assert alone == together
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_do_not_depend_on_company(precision, tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_small_patch16_224", num_classes=0).state_dict(), tmp_path / "weights.pth")
+    config = FeaturesConfig(
+        extractor="dino_vits16", weights=str(tmp_path / "weights.pth"), precision=precision, batch_size=8
+    )
+    extractor, rng = build_extractor(config, "cuda"), np.random.default_rng(0)
+    for rows, columns in ((1, 1), (1, 2), (5, 7), (14, 14), (30, 40)):
+        photos = rng.integers(0, 256, (11, 16 * rows, 16 * columns, 3), dtype=np.uint8)
+        alone = np.stack([extractor(each[None])[0] for each in photos])
+        for order in (rng.permutation(11), rng.permutation(11)[:5]):
+            np.testing.assert_array_equal(extractor(photos[order]), alone[order])

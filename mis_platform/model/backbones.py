@@ -34,10 +34,11 @@ OFFSET = 0.1  # patches, added to the target grid before it becomes a scale fact
 
 
 def load(config: FeaturesConfig, backbone: Backbone, path: Path, device: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from uint8 [H, W, 3] RGB, sides multiples of the patch, to float32 [N, D]: patch tokens, row-major.
+    """A function from uint8 [B, H, W, 3] RGB to float32 [B, N, D], in one forward pass: patch tokens, row-major.
 
-    Tokens of the class and of registers are left out, nothing is normalised to length 1. features.precision "bf16"
-    computes matrix products in bfloat16 (autocast) with float32 weights. Raises ValueError as `load_network`.
+    Sides are multiples of the patch. Tokens of the class and of registers are left out, nothing is normalised to length
+    1. features.precision "bf16" computes matrix products in bfloat16 (autocast) with float32 weights. Raises ValueError
+    as `load_network`.
     """
     network = load_network(backbone, path).to(device)
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1)
@@ -45,8 +46,8 @@ def load(config: FeaturesConfig, backbone: Backbone, path: Path, device: str) ->
     kind = torch.device(device).type
 
     @torch.inference_mode()
-    def describe(image: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None]
+    def describe(images: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
         normal = (pixels.float() / 255 - mean) / std
         # TF32 is off for matrix products by default but on for convolutions, here the patch embedding.
         with (
@@ -54,7 +55,7 @@ def load(config: FeaturesConfig, backbone: Backbone, path: Path, device: str) ->
             torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"),
         ):
             tokens = patch_tokens(network, normal, config.position_resize, config.layer)
-        return tokens[0].float().cpu().numpy()
+        return tokens.float().cpu().numpy()
 
     return describe
 

@@ -5,8 +5,9 @@ weightless extractor and `weights_digest` stay cheap.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from mis_platform.model import hub
 
 WITHOUT_WEIGHTS = "color_texture"
 GRID_PIXELS = 8  # of the photo, per patch: the same grid for every extractor
+# In one forward pass, unless one photo has more: enough to fill any device, and for ViT-B in fp32 some 0.7 GB.
+BATCH_PATCHES = 2**14
 _HUB_FILE = "model.safetensors"
 _DINO = "https://dl.fbaipublicfiles.com/dino"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
@@ -68,15 +71,23 @@ BACKBONES = {
 class Extractor:
     """Turns photos into patch features. All extractors share one grid: ceil(side / 8) patches along a side.
 
-    Every image is described by itself, as in the official MIS code, so its features do not depend on what else is in
-    the batch, to the last bit. A batch exists to cross process borders at once, not for speed: one photo of 3000
-    patches fills a GPU.
+    The features of a photo are, to the last bit, those of the first place in a forward pass over nothing but copies of
+    it. So they do not depend on what else is described with it. Different photos share a pass where a trial has shown
+    that every place gives the same bits, which is a matter of the device and the shape (docs/decisions/005).
     """
 
     name: str
     patch_size: int  # pixels of the resized photo
     dim: int
-    describe: Callable[[np.ndarray], np.ndarray]  # uint8 [H', W', 3] -> float32 [N, dim]
+    # uint8 [B, H', W', 3] -> float32 [B, N, dim], one forward pass; B is always `photos_at_once`
+    describe: Callable[[np.ndarray], np.ndarray]
+    batch_size: int = 1
+    # shape [H', W', 3] -> whether every place gives the same bits, as far as that was tried
+    _trials: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def photos_at_once(self, patches: int) -> int:
+        """Photos of so many patches in every forward pass: `batch_size`, or fewer where they are large."""
+        return max(1, min(self.batch_size, BATCH_PATCHES // patches))
 
     def network_size(self, height: int, width: int) -> tuple[int, int]:
         """The size in pixels that `prepare` resizes to: side * patch / 8, rounded, then the next multiple of the patch.
@@ -107,27 +118,57 @@ class Extractor:
         assert batch.shape[1] % self.patch_size == batch.shape[2] % self.patch_size == 0, batch.shape
         patches = (batch.shape[1] // self.patch_size) * (batch.shape[2] // self.patch_size)
         features = np.empty((len(batch), patches, self.dim), np.float32)
-        for k, image in enumerate(batch):
-            features[k] = self.describe(image)
+        count = self.photos_at_once(patches)
+        step = count if len(batch) > 1 and self._may_share(batch[0], count) else 1
+        for start in range(0, len(batch), step):
+            group = batch[start : start + step]
+            features[start : start + step] = self.describe(filled_up(group, count))[: len(group)]
         return features
+
+    def _may_share(self, photo: np.ndarray, count: int) -> bool:
+        """Whether a photo of this shape has the same features at all `count` places, tried with `photo`."""
+        if count == 1:
+            return False
+        if photo.shape not in self._trials:
+            bits = self.describe(filled_up(photo[None], count)).view(np.int32)
+            self._trials[photo.shape] = bool((bits == bits[:1]).all())
+            if not self._trials[photo.shape]:
+                logging.getLogger(__name__).warning(
+                    "features.batch_size=%d: at %dx%d pixels the place in a batch decides the last bits on this "
+                    "device; such photos are described one at a time, which is slow",
+                    *(count, *photo.shape[:2]),
+                )
+        return self._trials[photo.shape]
+
+
+def filled_up(photos: np.ndarray, count: int) -> np.ndarray:
+    """uint8 [count, H, W, 3]: `photos`, at most as many, and copies of the last one."""
+    if len(photos) == count:
+        return photos
+    return np.concatenate([photos, np.repeat(photos[-1:], count - len(photos), axis=0)])
 
 
 def build_extractor(config: FeaturesConfig, device: str = "cpu") -> Extractor:
     """The extractor that `config` names, its weights loaded onto `device` ("cpu", "cuda", "cuda:1").
 
     Raises ValueError for weights that cannot be had, are damaged, or belong to another network. The weightless
-    extractor has no network and ignores weights, position_resize, layer, precision and device.
+    extractor has no network and ignores weights, position_resize, layer, precision, batch_size and device.
     """
     if config.extractor == WITHOUT_WEIGHTS:
         from mis_platform.model import color_texture
 
-        return Extractor(config.extractor, color_texture.PATCH, color_texture.DIM, color_texture.describe)
+        return Extractor(
+            config.extractor,
+            color_texture.PATCH,
+            color_texture.DIM,
+            lambda batch: color_texture.describe(batch[0])[None],
+        )
     path = weights_file(config)  # before torch is imported: what is missing is said at once
     from mis_platform.model import backbones
 
     backbone = BACKBONES[config.extractor]
     describe = backbones.load(config, backbone, path, device)
-    return Extractor(config.extractor, backbone.patch, backbone.dim, describe)
+    return Extractor(config.extractor, backbone.patch, backbone.dim, describe, config.batch_size)
 
 
 def weights_file(config: FeaturesConfig) -> Path:

@@ -4,8 +4,9 @@ The proposals of other methods are made the same way: what is kept of a photo is
 
 Notable choices:
 
-* **A photo is described alone.** The number of rows of a matrix product may change the last bits of its result: in a
-  batch, a tree would depend on which photos shared it. At 8-pixel patches one photo fills a device anyway.
+* **A photo is described as if it were alone.** Photos of one network size may share a forward pass
+  (features.batch_size), and which ones do is chance; a tree does not depend on it (docs/decisions/005). They are looked
+  for among the next photos of a chunk, as far as WINDOW_BYTES of pixels reach.
 * **Workers write, the driver counts.** A worker writes its part under a name that follows from the ids inside
   (temporary file, then rename) and returns one small record: the same part always has the same name.
 * **The directory is the state.** After any interruption the whole parts are found by reading them; only photos in none
@@ -27,7 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar, cast
 
 import cv2
@@ -82,8 +83,10 @@ CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have no
 MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest lists every part
 MAX_CHUNK = 128  # photos that they grow to: a training reads a whole part to get at one tree
 PART_BYTES = 32 * 2**20  # of rows in memory; a chunk with more becomes several parts
+WINDOW_BYTES = 32 * 2**20  # of pixels that wait for others of their size; one photo more than that may be held
 
 Step = TypeVar("Step")
+Result = TypeVar("Result")
 Row = dict[str, Any]
 Photo = tuple[str, bytes]  # image id, path
 
@@ -96,6 +99,18 @@ class Refused(NamedTuple):
     stage: str  # "list", "decode", "features" or "merge"; "worker" where that is not known
     reason: str  # name of a Reason, or INTERNAL
     message: str
+
+
+class Decoded(NamedTuple):
+    """A photo and its pixels."""
+
+    photo: Photo
+    pixels: np.ndarray | Refused  # uint8 [H, W, 3]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, 0 where there are none."""
+        return (0, 0) if isinstance(self.pixels, Refused) else (self.pixels.shape[0], self.pixels.shape[1])
 
 
 class Found(NamedTuple):
@@ -211,6 +226,80 @@ def describe(pixels: np.ndarray, extractor: Extractor) -> np.ndarray:
     """Patch features float32 [gh, gw, C] of a photo uint8 [H, W, 3]."""
     height, width = pixels.shape[:2]
     return extractor(extractor.prepare(pixels)[None])[0].reshape(*extractor.grid(height, width), -1)
+
+
+# -- photos in company -----------------------------------------------------------------------------------------------
+
+Finish = Callable[[Decoded, np.ndarray | Refused], Result]  # of features float32 [gh, gw, C]
+
+
+def describe_all(decoded: Iterable[Decoded], extractor: Extractor, finish: Finish[Result]) -> Iterator[Result]:
+    """What `finish` makes of each photo and its features, in order.
+
+    Photos of one network size are described together, as many as the extractor takes. One that fails takes no other
+    with it. Without batches, a photo is finished before the next one is asked for.
+    """
+    # A chain of maps, unlike a loop, keeps no window while the next one is decoded.
+    finish_each = functools.partial(_finish_window, extractor=extractor, finish=finish)
+    return chain.from_iterable(map(finish_each, _windows(decoded, extractor.batch_size)))
+
+
+def _windows(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decoded]]:
+    limit = WINDOW_BYTES if batch_size > 1 else 0
+    window: list[Decoded] = []
+    held = 0  # bytes
+    for each in decoded:
+        window.append(each)
+        held += 3 * each.size[0] * each.size[1]
+        if held >= limit:
+            yield window
+            window, held = [], 0
+            del each  # its memory is needed for the next one
+    if window:
+        yield window
+
+
+def _finish_window(window: Sequence[Decoded], extractor: Extractor, finish: Finish[Result]) -> list[Result]:
+    results: dict[int, Result] = {}
+    for places in _groups(window, extractor):
+        for place, features in zip(places, _describe_group([window[place] for place in places], extractor)):
+            results[place] = finish(window[place], features)
+    return [results[place] for place in range(len(window))]
+
+
+def _groups(window: Sequence[Decoded], extractor: Extractor) -> Iterator[list[int]]:
+    """The places in `window` of photos for one forward pass each. Those without pixels are groups of their own."""
+    by_grid: dict[tuple[int, int], list[int]] = {}
+    for place, each in enumerate(window):
+        if isinstance(each.pixels, Refused):
+            yield [place]
+        else:
+            by_grid.setdefault(extractor.grid(*each.size), []).append(place)
+    for (rows, columns), places in by_grid.items():
+        count = extractor.photos_at_once(rows * columns)
+        for start in range(0, len(places), count):
+            yield places[start : start + count]
+
+
+def _describe_group(group: Sequence[Decoded], extractor: Extractor) -> Iterable[np.ndarray | Refused]:
+    """Features float32 [gh, gw, C] of photos of one network size."""
+    if len(group) > 1:
+        together = attempt(group[0].photo, "features", functools.partial(_describe_together, group, extractor))
+        if not isinstance(together, Refused):
+            return together
+    return (_describe_one(each, extractor) for each in group)
+
+
+def _describe_together(group: Sequence[Decoded], extractor: Extractor) -> np.ndarray:
+    prepared = np.stack([extractor.prepare(cast(np.ndarray, each.pixels)) for each in group])
+    return extractor(prepared).reshape(len(group), *extractor.grid(*group[0].size), -1)
+
+
+def _describe_one(decoded: Decoded, extractor: Extractor) -> np.ndarray | Refused:
+    pixels = decoded.pixels
+    if isinstance(pixels, Refused):
+        return pixels
+    return attempt(decoded.photo, "features", lambda: describe(pixels, extractor))
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -530,15 +619,19 @@ def map_in_actors(
     arguments: tuple[Any, ...],
     pool: ray.data.ActorPoolStrategy,
     num_gpus: float | None,
+    rows_at_once: int | None = 1,
 ) -> ray.data.Dataset:
-    """worker: a class whose instances turn a table of one row into a table; arguments: of its constructor."""
+    """worker: a class whose instances turn a table into a table or several; arguments: of its constructor.
+
+    rows_at_once: of such a table; None: as many as Ray Data keeps in a block, which has 128 MiB unless a row has more.
+    """
     with warnings.catch_warnings():
         # Announced to go in Ray 2.64, but there is no other way to bound the retries, which are endless by default.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return rows.map_batches(
             worker,
             fn_constructor_args=arguments,
-            batch_size=1,
+            batch_size=rows_at_once,
             batch_format="pyarrow",
             compute=pool,
             num_gpus=num_gpus,
@@ -566,17 +659,20 @@ class ChunkWorker:
         self.untrusted = untrusted
 
     def __call__(self, chunk: pa.Table) -> pa.Table:
-        return finish_chunk(map(self.row, photos_of(chunk)), self.out, self.product)
+        return finish_chunk(self.rows(photos_of(chunk)), self.out, self.product)
 
-    def row(self, photo: Photo) -> Row | Refused:
-        pixels = attempt(photo, "decode", lambda: decode(photo, self.data, self.untrusted))
-        if isinstance(pixels, Refused):
-            return pixels
-        features = attempt(photo, "features", lambda: describe(pixels, self.extractor))
+    def rows(self, photos: Iterable[Photo]) -> Iterator[Row | Refused]:
+        return describe_all(map(self.decoded, photos), self.extractor, self.row)
+
+    def decoded(self, photo: Photo) -> Decoded:
+        return Decoded(photo, attempt(photo, "decode", lambda: decode(photo, self.data, self.untrusted)))
+
+    def row(self, decoded: Decoded, features: np.ndarray | Refused) -> Row | Refused:
         if isinstance(features, Refused):
             return features
-        make = functools.partial(self.product.make, photo[0], pixels.shape[:2], features, pixels)
-        return attempt(photo, self.product.step, make)
+        pixels = cast(np.ndarray, decoded.pixels)
+        make = functools.partial(self.product.make, decoded.photo[0], decoded.size, features, pixels)
+        return attempt(decoded.photo, self.product.step, make)
 
 
 # With GPUs a photo travels from task to actor to task to task: one row, its arrays as bytes.
@@ -611,7 +707,8 @@ def in_steps(
     merge_task = functools.partial(merge_photo, data=data, product=product, untrusted=untrusted)
     write_task = functools.partial(write_chunk, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus)
+    rows_at_once = 1 if features.batch_size == 1 else None
+    described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus, rows_at_once)
     merged = described.map_batches(merge_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     # Half a CPU, so that Ray does not fuse it with merging: such a task would be given the features of a whole chunk.
     return merged.map_batches(write_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=0.5)
@@ -619,22 +716,24 @@ def in_steps(
 
 def decode_chunk(chunk: pa.Table, data: DataConfig, untrusted: bool = False) -> Iterator[pa.Table]:
     for photo in photos_of(chunk):
-        pixels = attempt(photo, "decode", functools.partial(decode, photo, data, untrusted))
-        size = (0, 0) if isinstance(pixels, Refused) else pixels.shape[:2]
-        yield pack(photo, size, pixels)
+        decoded = Decoded(photo, attempt(photo, "decode", functools.partial(decode, photo, data, untrusted)))
+        yield pack(photo, decoded.size, decoded.pixels)
 
 
 class FeatureWorker:
-    """An actor that describes photos, one row in, one row out."""
+    """An actor that describes photos: for each row in, one row out."""
 
     def __init__(self, features: FeaturesConfig, device: str) -> None:
         self.extractor = build_extractor(features, device)
 
-    def __call__(self, travelling: pa.Table) -> pa.Table:
-        photo, size, pixels = unpack(travelling.to_pylist()[0], np.uint8)
-        if isinstance(pixels, Refused):
-            return travelling
-        return pack(photo, size, attempt(photo, "features", lambda: describe(pixels, self.extractor)))
+    def __call__(self, travelling: pa.Table) -> Iterator[pa.Table]:
+        decoded = (arrived(travelling.slice(k, 1)) for k in range(len(travelling)))
+        yield from describe_all(decoded, self.extractor, lambda each, features: pack(each.photo, each.size, features))
+
+
+def arrived(travelling: pa.Table) -> Decoded:
+    photo, _, pixels = unpack(travelling.to_pylist()[0], np.uint8)
+    return Decoded(photo, pixels)
 
 
 def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrusted: bool = False) -> pa.Table:

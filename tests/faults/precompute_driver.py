@@ -22,7 +22,7 @@ from mis_platform.storage import Storage
 
 
 class Noting(precompute.ChunkWorker):
-    def row(self, photo: precompute.Photo) -> Any:
+    def decoded(self, photo: precompute.Photo) -> precompute.Decoded:
         note = f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {photo[0]}\n"
         with open(f"{self.out.uri}.computed", "a") as file:
             file.write(note)
@@ -30,7 +30,7 @@ class Noting(precompute.ChunkWorker):
         if scar.exists() and scar.read_text() == photo[0]:
             scar.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
-        return super().row(photo)
+        return super().decoded(photo)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Precompute killed with real signals, at any moment: every image once, the digest of an undisturbed run."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -101,19 +102,16 @@ def test_odd_and_identical_photos_have_trees(tmp_path: Path) -> None:
 def test_features_that_are_no_numbers_cost_that_photo(tmp_path: Path, value: float) -> None:
     dataset = write_photos(tmp_path / "photos", 6)
     worker = precompute.ChunkWorker(FEATURES, DataConfig(), Storage(str(tmp_path / "out")))
-    extract, calls = worker.extractor, []
+    sound, calls = worker.extractor.describe, []
 
-    class Broken:
-        prepare, grid = extract.prepare, extract.grid
+    def broken(batch: np.ndarray) -> np.ndarray:
+        features = sound(batch).copy()
+        calls.append(len(calls))
+        if len(calls) == 3:
+            features[0, 0] = value
+        return features
 
-        def __call__(self, batch: np.ndarray) -> np.ndarray:
-            features = extract(batch).copy()
-            calls.append(len(calls))
-            if len(calls) == 3:
-                features[0, 0] = value
-            return features
-
-    worker.extractor = Broken()  # type: ignore[assignment]
+    worker.extractor = dataclasses.replace(worker.extractor, describe=broken)
     record = record_of(worker, dataset)
     ((image_id, _, stage, reason, message),) = record["refused"]
     assert (image_id, stage, reason) == ("photo_002", "merge", "INTERNAL")

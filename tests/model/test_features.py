@@ -1,12 +1,14 @@
 """Extractors against networks written out here from their papers, and every way a weights file can be wrong."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from mis_platform.config import NETWORK_EXTRACTORS, FeaturesConfig
-from mis_platform.model import backbones, color_texture, hub
+from mis_platform.model import backbones, color_texture, features, hub
 from mis_platform.model.features import BACKBONES, Extractor, build_extractor, weights_digest
 
 State = dict[str, Tensor]
@@ -283,7 +285,7 @@ def test_every_backbone_is_what_its_name_says(name: str) -> None:
 
 
 def of_patch(patch: int) -> Extractor:
-    return Extractor("any", patch, 1, lambda image: np.zeros((1, 1), np.float32))
+    return Extractor("any", patch, 1, lambda batch: np.zeros((len(batch), 1, 1), np.float32))
 
 
 def test_golden_sizes() -> None:
@@ -309,6 +311,93 @@ def test_prepare_resizes_like_pillow(patch: int, size: tuple[int, int]) -> None:
     expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(found, np.asarray(expected))
     np.testing.assert_array_equal(of_patch(8).prepare(photo(40, 56)), photo(40, 56))
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_do_not_depend_on_company(files: dict[str, str], precision: Any) -> None:
+    """To the last bit: other neighbours, other places, groups that are not full."""
+    config = FeaturesConfig(extractor="dino_vits16", weights=files["dino_vits16"], precision=precision, batch_size=4)
+    extractor, rng = build_extractor(config), np.random.default_rng(0)
+    for rows, columns in ((1, 2), (5, 7)):
+        photos = rng.integers(0, 256, (5, 16 * rows, 16 * columns, 3), dtype=np.uint8)
+        with threads(1):
+            alone = np.stack([extractor(each[None])[0] for each in photos])
+            for order in ([0, 1, 2, 3, 4], [4, 2, 0], [3, 4, 1, 0]):
+                np.testing.assert_array_equal(extractor(photos[order]), alone[order])
+
+
+def test_features_do_not_depend_on_their_place_where_the_kernels_do(files: dict[str, str]) -> None:
+    """torch 2.14 with MKL and two threads: of ten rows, some come from another kernel."""
+    extractor = build_extractor(FeaturesConfig(extractor="dino_vits16", weights=files["dino_vits16"], batch_size=2))
+    photos = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    with threads(2):
+        np.testing.assert_array_equal(extractor(photos)[1], extractor(photos[1:])[0])
+
+
+def recording(batch_size: int, calls: list[int], place_matters: bool = False) -> Extractor:
+    """Its one feature of a patch is the mean of the photo; `calls` gets the size of each batch."""
+
+    def describe(batch: np.ndarray) -> np.ndarray:
+        calls.append(len(batch))
+        mean = batch.mean(axis=(1, 2, 3), dtype=np.float32)
+        if place_matters:
+            mean += np.arange(len(batch), dtype=np.float32)
+        return np.repeat(mean, batch.shape[1] * batch.shape[2] // 64).reshape(len(batch), -1, 1)
+
+    return Extractor("recording", 8, 1, describe, batch_size)
+
+
+def test_every_forward_pass_has_the_same_number_of_photos() -> None:
+    calls: list[int] = []
+    photos = np.stack([np.full((16, 24, 3), k, np.uint8) for k in range(10)])
+    found = recording(4, calls)(photos)
+    np.testing.assert_array_equal(found, np.repeat(np.arange(10, dtype=np.float32), 6).reshape(10, 6, 1))
+    assert calls == [4] * (1 + 3)  # one to find out that the place is free
+    calls.clear()
+    recording(4, calls)(photos[:1])
+    assert calls == [4]
+    calls.clear()
+    recording(1, calls)(photos)
+    assert calls == [1] * 10
+
+
+def test_large_photos_are_fewer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [of_patch(8).photos_at_once(patches) for patches in (1, 10**6)] == [1, 1]
+    eight = recording(8, calls := [])
+    assert [eight.photos_at_once(patches) for patches in (1, 2048, 2961, 8192, 8193, 10**6)] == [8, 8, 5, 2, 1, 1]
+    monkeypatch.setattr(features, "BATCH_PATCHES", 12)
+    eight(np.zeros((4, 16, 24, 3), np.uint8))
+    eight(np.zeros((3, 16, 56, 3), np.uint8))
+    assert calls == [2, 2, 2, 1, 1, 1]
+
+
+def test_where_the_place_matters_each_photo_has_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[int] = []
+    extractor = recording(3, calls, place_matters=True)
+    photos = np.stack([np.full((8, 16, 3), k, np.uint8) for k in range(5)])
+    for _ in range(2):
+        np.testing.assert_array_equal(extractor(photos)[:, 0, 0], np.arange(5))
+    assert calls == [3] * (1 + 2 * 5)
+    assert [each.message for each in caplog.records if "at 8x16 pixels the place in a batch decides" in each.message]
+    assert len(caplog.records) == 1
+
+
+def test_color_texture_takes_no_batches() -> None:
+    photos = np.stack([photo(24, 32, seed) for seed in range(3)])
+    one, many = (build_extractor(FeaturesConfig(extractor="color_texture", batch_size=size)) for size in (1, 8))
+    np.testing.assert_array_equal(one(photos), many(photos))
+    assert many.photos_at_once(12) == 1
 
 
 # -- weights files -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Precompute: one digest however the work is cut, interrupted or broken by bad photos."""
 
+import dataclasses
 import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from mis_platform.data.images import read_image
 from mis_platform.data.schemas import QUARANTINE, TREES
 from mis_platform.data.trees import TreeReader, verify_trees
 from mis_platform.errors import DataError
-from mis_platform.model.features import build_extractor
+from mis_platform.model.features import Extractor, build_extractor
 from mis_platform.progress import Progress
 from mis_platform.simulation.ward import merge
 from mis_platform.stages import precompute
@@ -266,17 +268,87 @@ def test_workers_leave_untrusted_photos_to_a_child(
         raise AssertionError("the worker called a decoder")
 
     monkeypatch.setattr(Image, "open", decoder_called)
-    made = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).row(photo)
+    (made,) = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).rows([photo])
     assert isinstance(made, dict)
     np.testing.assert_array_equal(made["children"], expected["children"])
     (decoded,) = precompute.decode_chunk(chunk, DataConfig(), untrusted=True)
-    described = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
+    (described,) = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
     for product in (TREES_PRODUCT, tokencut):
         merged = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
         (record,) = precompute.write_chunk(merged, out, product)["record"].to_pylist()
         assert json.loads(record)["image_ids"] == [photo[0]], record
-    trusted = precompute.ChunkWorker(FEATURES, DataConfig(), out).row(photo)
+    (trusted,) = precompute.ChunkWorker(FEATURES, DataConfig(), out).rows([photo])
     assert isinstance(trusted, precompute.Refused), "else this test would tell nothing"
+
+
+# -- photos in company, without Ray ----------------------------------------------------------------------------------
+
+
+def by_mean(batch_size: int, calls: list[list[int]], unlucky: int = -1, error: Exception | None = None) -> Extractor:
+    """Its feature of a patch is the mean of the photo; `calls` gets those of each batch. It fails on `unlucky`."""
+
+    def describe(batch: np.ndarray) -> np.ndarray:
+        means = batch.mean(axis=(1, 2, 3)).astype(np.float32)
+        calls.append(means.astype(int).tolist())
+        if unlucky in calls[-1]:
+            raise error or RuntimeError("no luck")
+        return np.repeat(means, batch.shape[1] * batch.shape[2] // 64).reshape(len(batch), -1, 1)
+
+    return Extractor("by_mean", 8, 1, describe, batch_size)
+
+
+def plain_photo(grey: int, height: int = 16, width: int = 24) -> precompute.Decoded:
+    return precompute.Decoded((f"photo_{grey}", b"/photos"), np.full((height, width, 3), grey, np.uint8))
+
+
+def outcome(decoded: precompute.Decoded, features: np.ndarray | precompute.Refused) -> Any:
+    """(image id, feature, grid), or the refusal."""
+    if isinstance(features, precompute.Refused):
+        return features
+    return decoded.photo[0], int(features[0, 0, 0]), features.shape[:2]
+
+
+def test_photos_of_one_network_size_share_batches_and_keep_their_order() -> None:
+    calls: list[list[int]] = []
+    broken = precompute.Decoded(("broken", b"/photos"), refusal("TRUNCATED")._replace(image_id="broken"))
+    photos = [plain_photo(k, *((16, 24), (15, 17), (24, 24))[k % 3]) for k in range(8)]  # two become 16x24
+    found = list(precompute.describe_all([*photos[:3], broken, *photos[3:]], by_mean(2, calls), outcome))
+    expected = [(f"photo_{k}", k, (3, 3) if k % 3 == 2 else (2, 3)) for k in range(8)]
+    assert found == [*expected[:3], broken.pixels, *expected[3:]]
+    assert calls == [[0, 0], [0, 1], [3, 4], [6, 7], [2, 2], [2, 5]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("error", "reason"), [(None, "INTERNAL"), (MemoryError(), "OUT_OF_MEMORY")])
+def test_a_photo_that_fails_takes_no_other_with_it(batch_size: int, error: Exception | None, reason: str) -> None:
+    photos = [plain_photo(k) for k in range(9)]
+    found = list(precompute.describe_all(photos, by_mean(batch_size, [], 6, error), outcome))
+    refused = found.pop(6)
+    assert found == [(f"photo_{k}", k, (2, 3)) for k in range(9) if k != 6]
+    assert (refused.image_id, refused.stage, refused.reason) == ("photo_6", "features", reason)
+
+
+@pytest.mark.parametrize(("batch_size", "held_at_most"), [(1, 1), (4, 6)])
+def test_few_photos_are_held_at_once(batch_size: int, held_at_most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever another one is decoded: none without batches, else as many as the window has bytes for."""
+    monkeypatch.setattr(precompute, "WINDOW_BYTES", 5 * 16 * 24 * 3 + 1)
+    alive: list[weakref.ref[np.ndarray]] = []
+    most: list[int] = []
+
+    def decoded() -> Iterator[precompute.Decoded]:
+        for k in range(30):
+            each = plain_photo(k)
+            alive.append(weakref.ref(each.pixels))  # type: ignore[arg-type]
+            most.append(sum(pixels() is not None for pixels in alive))
+            yield each
+            del each
+
+    results = precompute.describe_all(decoded(), by_mean(batch_size, calls := []), outcome)
+    assert next(results)[0] == "photo_0"
+    assert len(most) == held_at_most, "it reads ahead"
+    assert [each[0] for each in results] == [f"photo_{k}" for k in range(1, 30)]
+    assert max(most) == held_at_most
+    assert {len(batch) for batch in calls} == {batch_size}
 
 
 # -- with Ray --------------------------------------------------------------------------------------------------------
@@ -402,7 +474,7 @@ def test_a_computation_that_always_fails_stops_the_run(
     class Broken(precompute.ChunkWorker):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self.extractor = None  # type: ignore[assignment]
+            self.extractor = dataclasses.replace(self.extractor, describe=None)
 
     monkeypatch.setattr(precompute, "ChunkWorker", Broken)
     with pytest.raises(RuntimeError, match=r"failed for every photo: photo_000: INTERNAL: .*NoneType"):
@@ -415,10 +487,10 @@ def test_a_photo_that_kills_its_worker_is_set_aside(
     photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Crashing(precompute.ChunkWorker):
-        def row(self, photo: precompute.Photo) -> Any:
+        def decoded(self, photo: precompute.Photo) -> precompute.Decoded:
             if photo[0] == "photo_007":
                 os.kill(os.getpid(), signal.SIGKILL)  # as a decoder's segmentation fault does
-            return super().row(photo)
+            return super().decoded(photo)
 
     monkeypatch.setattr(precompute, "ChunkWorker", Crashing)
     monkeypatch.setattr(precompute, "RETRIES", 0)
@@ -476,8 +548,17 @@ def test_what_is_finished_starts_nothing(photos: Dataset, tmp_path: Path, monkey
     assert sorted(TreeReader(out).image_ids) == sorted(photos.image_ids)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As workers have; the number of threads, too, decides last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.ray
-def test_a_network_goes_the_same_way(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_network_goes_the_same_way(ray_cluster: None, one_thread: None, tmp_path: Path) -> None:
     import timm
 
     torch.manual_seed(0)
@@ -493,6 +574,59 @@ def test_a_network_goes_the_same_way(ray_cluster: None, tmp_path: Path) -> None:
         image = read_image(dataset.image_path(image_id))
         tree = merge(extractor(extractor.prepare(image)[None])[0], extractor.grid(*image.shape[:2]))
         assert row["children"] == tree.children.ravel().tolist()
+
+
+@pytest.mark.ray
+def test_batches_change_nothing_however_they_are_formed(
+    ray_cluster: None, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photos of several sizes and a broken one: in chunks, resumed in other chunks, and step by step as with GPUs."""
+    import timm
+
+    torch.manual_seed(0)
+    torch.save(timm.create_model("vit_small_patch16_224", num_classes=0).state_dict(), tmp_path / "weights.pth")
+    batched = FeaturesConfig(extractor="dino_vits16", weights=str(tmp_path / "weights.pth"), batch_size=4)
+    dataset = write_photos(tmp_path / "photos", 10)
+    (tmp_path / "photos" / "photo_003_broken.jpg").write_bytes(b"no image")
+    expected, extractor = {}, build_extractor(batched)
+    for image_id in dataset.image_ids:
+        image = read_image(dataset.image_path(image_id))
+        tree = merge(precompute.describe(image, extractor))  # a batch of copies
+        expected[image_id] = (tree.children.ravel().tolist(), tree.costs.tolist())
+    dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
+    out = Storage(str(tmp_path / "out"))
+
+    def precomputed(chunk_images: int) -> Output:
+        resources = Resources(chunk_images=chunk_images, extractors=1)
+        return precompute.precompute(dataset, batched, DataConfig(), resources, out)
+
+    first = precomputed(8)
+    found = rows_in(tmp_path / "out")
+    assert {image_id: (row["children"], row["costs"]) for image_id, row in found.items()} == expected
+    assert quarantine_in(tmp_path / "out") == {"photo_003_broken": ("decode", "NOT_AN_IMAGE")}
+    large, small = sorted(first.parts, key=lambda part: -part.rows)
+    kept = files_of(tmp_path / "out")[small.name]
+    out.remove(large.name)
+    assert precomputed(3).digest == first.digest
+    assert files_of(tmp_path / "out")[small.name] == kept
+    assert rows_in(tmp_path / "out") == found
+    assert quarantine_in(tmp_path / "out") == {"photo_003_broken": ("decode", "NOT_AN_IMAGE")}
+
+    class Counting(precompute.FeatureWorker):
+        def __call__(self, travelling: pa.Table) -> Iterator[pa.Table]:
+            (tmp_path / f"{len(travelling)}_at_once").touch()
+            yield from super().__call__(travelling)
+
+    monkeypatch.setattr(precompute, "FeatureWorker", Counting)
+    listed = [(sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in dataset.samples]
+    chunks, pool = precompute.chunk_dataset(listed, 11), ray.data.ActorPoolStrategy(size=1)
+    steps = precompute.in_steps(chunks, batched, DataConfig(), Storage(str(tmp_path / "s")), 5, pool, "cpu", None)
+    tally = precompute.Tally(Progress("trees", 11, "images"))
+    for record in precompute.read_records(steps):
+        tally.add(record)
+    assert combine_digests([part.digest for part in tally.parts]) == first.digest
+    assert [each.image_id for each in tally.refused] == ["photo_003_broken"]
+    assert [path.name for path in tmp_path.glob("*_at_once")] == ["11_at_once"]
 
 
 @pytest.mark.ray
