@@ -1,8 +1,10 @@
 """Fixtures of the whole suite: the real photographs, if they are there, and one Ray cluster for the session."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,13 +12,26 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("MIS_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
+@functools.cache
+def needs_ray(file: Path) -> bool:
+    """Whether any test of the file does."""
+    return "pytest.mark.ray" in file.read_text(encoding="utf8")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2` one process runs, from the start, what needs Ray, on one cluster; the other runs the rest meanwhile,
-    the tests of a file together because they share fixtures."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not needs_ray(item.path))  # the longest first
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` one process runs the files that need Ray, on one cluster; the other runs the rest meanwhile."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = nodeid.partition("::")[0]
+            return "ray" if needs_ray(config.rootpath / file) else file
+
+    return OneForRay(config, log)
 
 
 @pytest.fixture(scope="session")

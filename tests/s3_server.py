@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 BUCKET = "bucket"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 NAMESPACE = "{http://s3.amazonaws.com/doc/2006-03-01/}"
+ElementTree.register_namespace("", NAMESPACE.strip("{}"))  # S3's clients know its tags without a prefix only
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 

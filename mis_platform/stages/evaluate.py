@@ -407,7 +407,8 @@ def _spread(
 ) -> Iterator[tuple[Sequence[str], Scored]]:
     """Each chunk with what a worker found, as they are finished.
 
-    A worker whose node is lost may wait for another one for ever; its chunk is done twice, by whoever is idle.
+    A worker whose node is lost may wait for another one for ever; its chunk is done twice, by whoever is idle. A chunk
+    whose worker is gone is given to another one, once; then the error is raised.
     """
     waiting, shared = deque(range(len(chunks))), ray.put(job)
     running: dict[Any, tuple[Any, int]] = {}
@@ -415,7 +416,7 @@ def _spread(
     # two evaluations that share it would wait for each other for ever.
     starting = {worker.progress.remote(): worker for worker in workers}
     idle: list[Any] = []
-    left = set(waiting)
+    left, abandoned = set(waiting), set[int]()
     heard: dict[Any, float] = {}  # when a worker answered last
     images, rows = progress.start, 0
 
@@ -428,12 +429,24 @@ def _spread(
             ready, _ = ray.wait([*running, *starting], timeout=POLL_SECONDS)
             for reference in ready:
                 if reference in starting:
-                    idle.append(starting.pop(reference))
+                    worker = starting.pop(reference)
+                    if _answers(reference):
+                        idle.append(worker)
+                    else:
+                        starting[worker.progress.remote()] = worker
                     continue
                 worker, chunk = running.pop(reference)
                 if chunk not in left:  # somebody else was faster than a worker that was silent, or is dead
                     continue
-                scored = _result(reference)
+                try:
+                    scored = _result(reference)
+                except ray.exceptions.RayActorError:
+                    if chunk in abandoned:
+                        raise
+                    abandoned.add(chunk)
+                    waiting.append(chunk)
+                    starting[worker.progress.remote()] = worker
+                    continue
                 left.remove(chunk)
                 idle.append(worker)
                 images, rows = images + len(chunks[chunk]), rows + len(scored.rows)
@@ -452,6 +465,15 @@ def _spread(
     finally:
         for worker in workers:
             ray.kill(worker)
+
+
+def _answers(reference: Any) -> bool:
+    """Whether a worker has. Raises ActorDiedError for one that never will, which would be asked again and again."""
+    try:
+        ray.get(reference)
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    return True
 
 
 def _result(reference: Any) -> Scored:

@@ -20,7 +20,7 @@ from ray.train import WorkerGroupError
 from training_material import make_material, tiny_run
 
 from mis_platform import sweep, tracking
-from mis_platform.config import Resources
+from mis_platform.config import Resources, fingerprint, plain
 from mis_platform.data.examples import open_stream
 from mis_platform.stages.train import Job, _explained
 from mis_platform.stages.training_loop import Schedule
@@ -363,5 +363,6 @@ def test_a_sweep_through_an_outage(
         sweep.run_sweep(prepare("one", root))
     history = [json.loads(line) for line in (training / "history.jsonl").read_text().splitlines()]
     expected = [(int(each["step"]), each["loss"]) for each in history]
-    assert curve(server, "one", task.fingerprint(prepared.resources), "train/loss") == expected
+    model = {"model": task.model(prepared.resources), "eval": plain(task.run.eval)}
+    assert curve(server, "one", fingerprint(model), "train/loss") == expected
     assert not list(root.glob("mlflow-spool/*"))
