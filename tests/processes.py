@@ -59,18 +59,19 @@ def wait_until(true: Callable[[], bool], child: subprocess.Popen[str], seconds: 
         time.sleep(0.01)
 
 
-def kill_group(child: subprocess.Popen[str], sent: signal.Signals = signal.SIGKILL) -> float:
+def kill_group(child: subprocess.Popen[str], sent: signal.Signals = signal.SIGKILL, patience: float = 60) -> float:
     """Signal a child and its group; the seconds until it ended. What it had started must end, too.
 
-    After SIGKILL nobody is left who could stop Ray's processes: they end by themselves, one that is just starting up
-    after half a minute.
+    patience: seconds that this may take after SIGKILL, when nobody is left who could stop Ray's processes: they end by
+    themselves, one that is just starting up after half a minute. 0: nobody looks. After other signals it is 10 s.
     """
     family = descendants(child.pid)
     began = time.monotonic()
     os.killpg(child.pid, sent)
     child.communicate(timeout=60)
     seconds = time.monotonic() - began
-    wait_until_gone(family, 60 if sent == signal.SIGKILL else 10)
+    if sent != signal.SIGKILL or patience:
+        wait_until_gone(family, patience if sent == signal.SIGKILL else 10)
     return seconds
 
 

@@ -24,6 +24,8 @@ NODE_SECONDS = 60.0  # for every node to look for a file: its first process has 
 CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
 LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
 
+_raylet: Any = None  # process of the Ray that this process started
+
 
 @contextlib.contextmanager
 def cluster(root: Storage | None = None) -> Iterator[None]:
@@ -38,6 +40,7 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
     trials are only cleaned up while its state API answers.
     Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
     """
+    global _raylet
     if ray.is_initialized():
         if root is not None:
             check_shared(root)
@@ -53,26 +56,31 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         check_ray_address(address)
+    else:  # a process less for each training: what takes this machine away ends us, too
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options: dict[str, Any] = {} if address else LOCAL
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it announces that tokens are on
     with _own_sigterm(), _start_explained(address), _whole_start():
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
+    _raylet = None if address else _own_raylet()
     try:
         if root is not None:
             check_shared(root)
         yield
     finally:
+        _raylet = None
         ray.shutdown()
 
 
 def is_lost() -> bool:
     """Whether the Ray that this process started has ended under it, as when a whole process group gets SIGTERM."""
-    if os.environ.get("RAY_ADDRESS") or not ray.is_initialized():
-        return False
+    return _raylet is not None and (not _raylet.is_running() or _raylet.status() == "zombie")
+
+
+def _own_raylet() -> Any:
     import psutil  # comes inside Ray
 
-    children = psutil.Process().children()
-    return not any(each.name() == "raylet" and each.status() != psutil.STATUS_ZOMBIE for each in children)
+    return next((child for child in psutil.Process().children() if child.name() == "raylet"), None)
 
 
 def check_shared(root: Storage) -> None:
