@@ -357,10 +357,9 @@ def test_a_sweep_through_an_outage(
         comparison = sweep.run_sweep(prepared)
         assert [line.state for line in comparison.lines] == ["done"]
         assert list(root.glob("mlflow-spool/*/events.jsonl")), "what the server has missed"
-        proxy.down, proxy.failing = False, 0.3
-        sweep.run_sweep(prepare("one", root))
-        proxy.failing = 0.0
-        sweep.run_sweep(prepare("one", root))
+        for proxy.down, proxy.failing in ((False, 0.3), (False, 0.0)):
+            monkeypatch.setattr(tracking, "_outboxes", {})  # as in a new process, which knows nothing of an outage
+            sweep.run_sweep(prepare("one", root))
     history = [json.loads(line) for line in (training / "history.jsonl").read_text().splitlines()]
     expected = [(int(each["step"]), each["loss"]) for each in history]
     model = {"model": task.model(prepared.resources), "eval": plain(task.run.eval)}
