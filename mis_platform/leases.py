@@ -1,10 +1,12 @@
 """One attempt at a time on an artifact, and none that was replaced may go on writing.
 
 On a local disk the kernel's lock says who holds an artifact: it is gone with its process. Object stores have none, and
-NFS may keep it to one machine. There the lease itself says so: a small file with a counter that the holder raises every
-few seconds. Who wants it watches: a counter that moves belongs to somebody alive, one that stands still for `PATIENCE`
-seconds of the watcher's own clock may be taken. No times of two machines are ever compared. Of two that take it at
-once, the later write stays (Fischer's algorithm): each looks again after `SETTLE` seconds.
+NFS may keep it to one machine. There a lease says so: a small file that each attempt writes once, and beside it a
+counter that its holder raises every few seconds. Who wants it watches: a counter that moves belongs to somebody alive,
+one that stands still for `PATIENCE` seconds of the watcher's own clock may be taken. No times of two machines are ever
+compared. Of two that take it at once, the later write stays (Fischer's algorithm): each looks again after `SETTLE`
+seconds. The counter has a file of its own so that a holder that fell asleep just before raising it, and wakes up when
+it was replaced, overwrites a counter and not the lease.
 
 Taking over makes a new attempt, and a `Fence` travels with everything that an attempt writes with, to its workers too:
 it reads the lease before each write, and stops an attempt that was replaced while it could not know. Between that look
@@ -15,6 +17,7 @@ through it does no harm.
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 import socket
@@ -22,14 +25,17 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mis_platform.storage import Storage, StorageError, reason_of
 
-LOCK_FILE, LEASE_FILE = ".lock", ".lease"
+LOCK_FILE, LEASE_FILE, BEAT_FILE = ".lock", ".lease", ".beat"
 HEARTBEAT, PATIENCE, SETTLE = 5.0, 40.0, 1.0  # seconds
 POLL_SECONDS = 0.5
+
+T = TypeVar("T", "Lease", "Beat")
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,21 @@ class Lease:
 
     attempt: str  # random
     epoch: int  # 1 for the first attempt at this artifact, and one more for each that follows
-    beat: int  # raised while the attempt is alive
     host: str  # for people
     machine: str  # the running kernel and its process numbers: equal only where `process` means the same
     process: int
-    is_released: bool = False
 
     def __str__(self) -> str:
         return f"attempt {self.epoch} ({self.attempt[:8]}, process {self.process} on {self.host})"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life of the attempt that has the lease; those of other attempts say nothing."""
+
+    attempt: str
+    count: int  # raised while the attempt is alive
+    is_last: bool = False  # the attempt has given the lease back
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def hold(directory: Storage) -> Iterator[Storage]:
     with _kernel_lock(directory):
         mine = _take(directory)
         done = threading.Event()
-        heart = threading.Thread(target=_beat, args=(directory, mine, done), name="lease", daemon=True)
+        heart = threading.Thread(target=_keep_beating, args=(directory, mine, done), name="lease", daemon=True)
         heart.start()
         try:
             yield directory.fenced(LeaseFence(directory.uri, mine))
@@ -79,39 +92,39 @@ def hold(directory: Storage) -> Iterator[Storage]:
             done.set()
             heart.join(timeout=HEARTBEAT)
             with contextlib.suppress(OSError):  # then it is free after PATIENCE seconds
-                _write_if_mine(directory, replace(mine, is_released=True))
+                _beat_if_mine(directory, mine, Beat(mine.attempt, count=0, is_last=True))
 
 
 def read_lease(directory: Storage) -> Lease | None:
-    """None if nobody ever worked here. Raises StorageError when the store does not answer."""
-    try:
-        return Lease(**json.loads(directory.read_bytes(LEASE_FILE)))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):  # somebody damaged it: as if there were none
-        return None
+    """Of the last attempt; None if nobody ever worked here. Raises StorageError when the store does not answer."""
+    return _read(directory, LEASE_FILE, Lease)
+
+
+def last_holder(directory: Storage) -> Lease | None:
+    """The last attempt, unless it has given the lease back."""
+    lease = read_lease(directory)
+    return None if lease is None or _is_released(directory, lease) else lease
 
 
 def is_alive(directory: Storage, patience: float = PATIENCE) -> bool:
     """Whether an attempt works on the directory; takes up to `patience` seconds where only watching tells."""
-    lease = read_lease(directory)
-    return lease is not None and not lease.is_released and not _is_dead(lease) and _moves(directory, lease, patience)
+    lease = last_holder(directory)
+    return lease is not None and not _is_dead(lease) and _moves(directory, lease, patience)
 
 
 def _take(directory: Storage) -> Lease:
     before = read_lease(directory)
-    is_free = before is None or before.is_released or _is_dead(before) or _was_local(directory, before)
+    is_free = before is None or _is_dead(before) or _was_local(directory, before) or _is_released(directory, before)
     if before is not None and not is_free and _moves(directory, before, PATIENCE):
         raise StorageError(f"another mis process is working on {directory}: {before}; wait for it or stop it")
     mine = Lease(
         attempt=uuid.uuid4().hex,
         epoch=1 if before is None else before.epoch + 1,
-        beat=0,
         host=socket.gethostname(),
         machine=_machine(),
         process=os.getpid(),
     )
-    _write(directory, mine)
+    directory.write_bytes(LEASE_FILE, _text(mine))
     if directory.local is None:
         time.sleep(SETTLE)
     now = read_lease(directory)
@@ -130,37 +143,57 @@ def _is_dead(lease: Lease) -> bool:
     return lease.machine == _machine() and not Path(f"/proc/{lease.process}").exists()
 
 
+def _is_released(directory: Storage, lease: Lease) -> bool:
+    beat = _beat_of(directory, lease)
+    return beat is not None and beat.is_last
+
+
 def _moves(directory: Storage, lease: Lease, patience: float) -> bool:
-    """Whether the lease changes while we watch: its holder is alive, or another has taken it."""
-    began = time.monotonic()
+    """Whether the lease's holder gives a sign of life while we watch, or another attempt takes it."""
+    before, began = _beat_of(directory, lease), time.monotonic()
     while time.monotonic() - began < patience:
         time.sleep(min(POLL_SECONDS, patience))
-        now = read_lease(directory)
-        if now is None or now.is_released:
-            return False
-        if now != lease:
+        if read_lease(directory) != lease:
             return True
+        now = _beat_of(directory, lease)
+        if now is not None and now != before:
+            return not now.is_last
     return False
 
 
-def _beat(directory: Storage, mine: Lease, done: threading.Event) -> None:
-    while not done.wait(HEARTBEAT):
-        mine = replace(mine, beat=mine.beat + 1)
+def _keep_beating(directory: Storage, mine: Lease, done: threading.Event) -> None:
+    for count in itertools.count(1):
+        if done.wait(HEARTBEAT):
+            return
         with contextlib.suppress(OSError):  # the store is away for a while; so it is for those who watch
-            if not _write_if_mine(directory, mine):
+            if not _beat_if_mine(directory, mine, Beat(mine.attempt, count)):
                 return
 
 
-def _write_if_mine(directory: Storage, mine: Lease) -> bool:
+def _beat_if_mine(directory: Storage, mine: Lease, beat: Beat) -> bool:
     now = read_lease(directory)
     if now is None or now.attempt != mine.attempt:
         return False
-    _write(directory, mine)
+    directory.write_bytes(BEAT_FILE, _text(beat))
     return True
 
 
-def _write(directory: Storage, lease: Lease) -> None:
-    directory.write_bytes(LEASE_FILE, json.dumps(asdict(lease)).encode())
+def _beat_of(directory: Storage, lease: Lease) -> Beat | None:
+    beat = _read(directory, BEAT_FILE, Beat)
+    return beat if beat is not None and beat.attempt == lease.attempt else None
+
+
+def _read(directory: Storage, name: str, kind: type[T]) -> T | None:
+    try:
+        return kind(**json.loads(directory.read_bytes(name)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # somebody damaged it: as if there were none
+        return None
+
+
+def _text(record: Lease | Beat) -> bytes:
+    return json.dumps(asdict(record)).encode()
 
 
 @functools.lru_cache(maxsize=64)

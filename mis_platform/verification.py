@@ -24,7 +24,7 @@ from mis_platform.data.parts import MAX_PART_BYTES, decode_parquet
 from mis_platform.data.schemas import CLICKS, OVERLAPS
 from mis_platform.data.trees import rows_of, tree_from_row
 from mis_platform.errors import DataError
-from mis_platform.leases import LEASE_FILE, LOCK_FILE, read_lease
+from mis_platform.leases import BEAT_FILE, LEASE_FILE, LOCK_FILE, last_holder
 from mis_platform.stages import cluster
 from mis_platform.stages.evaluate import row_digest as click_digest
 from mis_platform.stages.precompute import LEDGER_FILE, QUARANTINE_FILE
@@ -35,7 +35,7 @@ TABLES = ("trees", "proposals")  # stages whose parts can be made again one by o
 FLAT = (*TABLES, "checkpoint", "initial")  # trees/FINGERPRINT
 NESTED = ("clicks", "overlap")  # clicks/DATASET/FINGERPRINT
 FINGERPRINT, CHECKSUM = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
-OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
+OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, BEAT_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
 ORPHAN_SECONDS = 24 * 3600.0  # a younger file may belong to somebody at work
 READERS = min(16, 2 * (os.cpu_count() or 1))  # parts that are read at once
 IDENTITY = ("stage", "version", "config", "inputs")
@@ -85,8 +85,8 @@ def verify(root: Storage, names: Iterable[str] = (), on_part: Callable[[int], No
             verdict.artifacts += 1
             _verify_artifact(directory, artifact, verdict, on_part)
         else:
-            lease = read_lease(directory)
-            by = f", in the hands of {lease}" if lease is not None and not lease.is_released else ""
+            holder = last_holder(directory)
+            by = f", in the hands of {holder}" if holder is not None else ""
             verdict.notes.append(Problem(artifact, "", f"unfinished{by}; the command that began it goes on from here"))
             verdict.notes += _left_over(directory, artifact, known=None)
     return verdict

@@ -19,7 +19,7 @@ from s3_server import CREDENTIALS, s3_server, uri
 from training_material import tiny_run
 
 from mis_platform import leases
-from mis_platform.leases import LEASE_FILE, hold, is_alive, read_lease
+from mis_platform.leases import BEAT_FILE, LEASE_FILE, Beat, hold, is_alive, last_holder, read_lease
 from mis_platform.stages import training_loop
 from mis_platform.stages.training_loop import Learner, Schedule, complete_steps, save_checkpoint
 from mis_platform.storage import Storage, StorageError
@@ -111,7 +111,8 @@ def test_the_second_process_is_refused_and_told_who_holds_it(storage: Storage) -
         held.write_bytes("part", b"2")
     lease = read_lease(storage)
     assert lease is not None
-    assert (lease.epoch, lease.is_released) == (2, True)
+    assert lease.epoch == 2
+    assert last_holder(storage) is None
 
 
 def test_the_lease_of_a_killed_process_is_free_at_once(storage: Storage) -> None:
@@ -167,6 +168,21 @@ def test_a_holder_that_was_asleep_is_replaced_and_cannot_write_any_more(store: s
     assert storage.read_bytes("part") == b"3"
 
 
+def test_a_sign_of_life_that_arrives_late_takes_nothing_from_the_next(storage: Storage) -> None:
+    """Its sender fell asleep after it had seen that the lease was its own, and was replaced before it wrote."""
+    with hold(storage):
+        first = read_lease(storage)
+    assert first is not None
+    with hold(storage) as held:
+        for late in (Beat(first.attempt, 5), Beat(first.attempt, 0, is_last=True)):
+            storage.write_bytes(BEAT_FILE, json.dumps(dataclasses.asdict(late)).encode())
+            held.write_bytes("part", b"2")
+            assert last_holder(storage) != first
+            assert last_holder(storage) is not None
+            assert is_alive(storage)  # seen by the next beat of its own
+    assert last_holder(storage) is None
+
+
 def test_the_fence_travels_with_children_and_to_other_processes(storage: Storage) -> None:
     with hold(storage) as held:
         worker = pickle.loads(pickle.dumps(held)).child("steps", "0001")  # noqa: S301
@@ -208,8 +224,9 @@ def test_a_lease_that_stands_still_may_be_taken(storage: Storage) -> None:
         pass
     lease = read_lease(storage)
     assert lease is not None
-    forgotten = dataclasses.replace(lease, machine="a machine that is gone", is_released=False)
+    forgotten = dataclasses.replace(lease, machine="a machine that is gone")
     storage.write_bytes(LEASE_FILE, json.dumps(dataclasses.asdict(forgotten)).encode())
+    storage.remove(BEAT_FILE)  # it did not give the lease back
     began = time.monotonic()
     with hold(storage):
         assert time.monotonic() - began >= leases.PATIENCE
