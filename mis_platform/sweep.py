@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials le
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_ORPHANS = 5.0
 PICTURES = 2  # objects drawn for each row and benchmark
 LAST_REPORT = "report.json"
 REPORTS = {"report.txt": "text", "report.md": "markdown", "report.html": "html", LAST_REPORT: "json"}  # in this order
@@ -311,7 +313,11 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
             ),
         )
         try:
-            results = cluster.in_background(tuner.fit).result()
+            fit = cluster.in_background(tuner.fit)
+            while wait([fit], timeout=SECONDS_BETWEEN_ORPHANS).not_done:
+                if recorder.has_failures:  # of a trial that was given up, the next one needs the CPUs
+                    cluster.remove_orphans()
+            results = fit.result()
         except BaseException as cause:  # Ctrl-C or SIGTERM: the trainings write a last checkpoint
             recorder.close()
             _stop_trials(bell, train.seconds_to_stop(cause))
@@ -359,6 +365,7 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
         self._trackers: dict[int, tracking.Tracker] = {}
         self._printed = 0.0
         self._finished = 0
+        self.has_failures = False
         self._is_closed = False
         self._guard = threading.Lock()  # between Tune's thread and the one that people can interrupt
 
@@ -387,6 +394,7 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._finished += 1
+        self.has_failures = True
         with self._guard:
             self._close(int(trial.config["group"]), "FAILED")
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 import torch
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mis_platform.access import check_ray_address
@@ -204,6 +206,23 @@ def in_background(function: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=call, name="ray-fit", daemon=True).start()
     return future
+
+
+def remove_orphans() -> int:
+    """Give back what actors of this job reserved and then died; how many placement groups that were.
+
+    Ray Train's own cleaner learns of a reservation only when all its workers run. A trial that is given up while one of
+    them still starts would keep its CPUs from all others for as long as the job lives.
+    """
+    job, count = ray.get_runtime_context().get_job_id(), 0
+    table: Any = vars(gcs_pb2)["PlacementGroupTableData"]  # the public table leaves out who has reserved
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    for entry in map(table.FromString, accessor.get_placement_group_table()):
+        is_by_actor = entry.creator_job_id.hex() == job and not ray.ActorID(entry.creator_actor_id).is_nil()
+        if is_by_actor and entry.creator_actor_dead and entry.state != table.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(entry.placement_group_id)))
+            count += 1
+    return count
 
 
 def cpus() -> int:

@@ -1,12 +1,15 @@
-"""A local root on a cluster of several nodes: only where every node sees it."""
+"""Starting, joining and tidying Ray; a local root on a cluster of several nodes only where every node sees it."""
 
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from mis_platform.stages import cluster
 
@@ -77,3 +80,37 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(address: str | None, told
     with pytest.raises(ConnectionError) as caught, cluster._start_explained(address):
         raise RuntimeError("not up\nand much more")
     assert str(caught.value) == told
+
+
+class Reserves:
+    """As the controller of Ray Train: what it reserves outlives it as long as its job runs."""
+
+    def __init__(self, cpus: float) -> None:
+        self.group = placement_group([{"CPU": cpus}])
+
+    def ready(self) -> str:
+        ray.get(self.group.ready())
+        return self.group.id.hex()
+
+
+@pytest.mark.ray
+def test_what_a_dead_actor_reserved_is_given_back_and_nothing_else(ray_cluster: None) -> None:
+    actor = ray.remote(num_cpus=0)(Reserves)
+    dead, living, own = actor.remote(0.01), actor.remote(0.01), placement_group([{"CPU": 0.01}])
+    ray.get(own.ready())
+    names = [ray.get(each.ready.remote()) for each in (dead, living)] + [own.id.hex()]
+    try:
+        assert cluster.remove_orphans() == 0
+        ray.kill(dead)
+        until = time.monotonic() + 20
+        while (removed := cluster.remove_orphans()) == 0 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert removed == 1
+        assert cluster.remove_orphans() == 0
+        states = {name: entry["state"] for name, entry in placement_group_table().items()}
+        assert [states[name] for name in names] == ["REMOVED", "CREATED", "CREATED"]
+    finally:
+        ray.kill(living)
+        remove_placement_group(own)
+        time.sleep(0.5)
+        cluster.remove_orphans()
