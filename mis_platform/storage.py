@@ -27,6 +27,7 @@ TEMPORARY = ".tmp-"
 ATTEMPTS = 10  # of one request; with 30 % of requests failing, one in 170 000 fails for good
 QUICK_ATTEMPTS = 4  # of the first request to a root: a wrong address is told in seconds
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 30.0  # before a request counts as failed
+READERS = min(16, 4 * (os.cpu_count() or 1))  # files that are read at once: a network disk answers many
 S3_OPTIONS = {"region", "scheme", "endpoint_override", "allow_bucket_creation"}  # of an s3:// URI
 
 

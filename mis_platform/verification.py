@@ -6,7 +6,6 @@ unpacks to before unpacking.
 """
 
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from mis_platform.stages import cluster
 from mis_platform.stages.evaluate import row_digest as click_digest
 from mis_platform.stages.precompute import LEDGER_FILE, QUARANTINE_FILE
 from mis_platform.stages.products import TREES_PRODUCT
-from mis_platform.storage import TEMPORARY, Storage, check_name
+from mis_platform.storage import READERS, TEMPORARY, Storage, check_name
 
 TABLES = ("trees", "proposals")  # stages whose parts can be made again one by one
 FLAT = (*TABLES, "checkpoint", "initial")  # trees/FINGERPRINT
@@ -37,7 +36,6 @@ NESTED = ("clicks", "overlap")  # clicks/DATASET/FINGERPRINT
 FINGERPRINT, CHECKSUM = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, BEAT_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
 ORPHAN_SECONDS = 24 * 3600.0  # a younger file may belong to somebody at work
-READERS = min(16, 2 * (os.cpu_count() or 1))  # parts that are read at once
 IDENTITY = ("stage", "version", "config", "inputs")
 
 

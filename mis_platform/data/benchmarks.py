@@ -33,6 +33,7 @@ from mis_platform.data.masks import (
     read_union,
 )
 from mis_platform.errors import DataError
+from mis_platform.storage import READERS
 
 Split = Literal["train", "val"]
 Kind = Literal[
@@ -47,7 +48,6 @@ Kind = Literal[
     "empty mask",
 ]
 
-READERS = min(16, 4 * (os.cpu_count() or 1))  # files whose digests are taken at once
 DIGEST_WINDOW = 4096  # samples in the hands of the readers
 _ONLY = "1"  # object id of a file that holds one object
 
@@ -176,7 +176,7 @@ class Dataset:
             return hashlib.sha256(f"{sample.image_id!r}\n{content}".encode()).digest()
 
         total, samples = hashlib.sha256(), sorted(self.samples)
-        with ThreadPoolExecutor(READERS) as pool:  # a network disk answers many at once
+        with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(samples), DIGEST_WINDOW):
                 for digest in pool.map(of_sample, samples[start : start + DIGEST_WINDOW]):
                     total.update(digest)

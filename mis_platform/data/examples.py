@@ -11,7 +11,7 @@ pixel edges at whole numbers, unless said otherwise.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import cv2
@@ -52,11 +52,19 @@ class ExampleStream:
     proposals: Storage | None  # a finished trees or proposals artifact; None: targets are labelled objects
     image_ids: tuple[str, ...]  # photos that have a tree, a proposal or an object
     run: Run
+    # int32 [n, 2]: where the proposals of each photo are, see `PartReader.place`; it saves each process that makes
+    # examples reading all of them first.
+    places: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def visit(self, number: int) -> tuple[int, str]:
         """(epoch, image id) of example `number`; every epoch visits each photo once, in a new order."""
+        epoch, photo = self._visit(number)
+        return epoch, self.image_ids[photo]
+
+    def _visit(self, number: int) -> tuple[int, int]:
+        """(epoch, index of the photo in `image_ids`)."""
         epoch, position = divmod(number, len(self.image_ids))
-        return epoch, self.image_ids[_order(self.run.train.seed, epoch, len(self.image_ids))[position]]
+        return epoch, int(_order(self.run.train.seed, epoch, len(self.image_ids))[position])
 
     def example(self, number: int) -> Example:
         """Example `number` >= 0: a fresh proposal (Algorithm 2) or object of its photo, augmented, with clicks.
@@ -65,13 +73,14 @@ class ExampleStream:
         precomputed or its tree is damaged.
         """
         run = self.run
-        _, image_id = self.visit(number)
+        _, photo = self._visit(number)
+        image_id = self.image_ids[photo]
         rng = generator(run.train.seed, EXAMPLE, number)
         image = self._read(image_id)
         if self.proposals is None:
             objects = objects_of(self.dataset, image_id)
         else:
-            objects = (self._draw_mask(self.proposals, image_id, image.shape[:2], rng),)
+            objects = (self._draw_mask(self.proposals, photo, image.shape[:2], rng),)
         crop, moved = augment(image, objects, run.model.image_size, run.augment, rng)
         target = choose_target(moved, rng)
         points = sample_clicks(target.mask, rng, run.clicks, target.other, target.parts)
@@ -90,11 +99,11 @@ class ExampleStream:
         made = [self.example(int(number)) for number in rows["number"]]
         return {name: np.stack(column) for name, column in zip(Example._fields, zip(*made), strict=True)}
 
-    def _draw_mask(
-        self, proposals: Storage, image_id: str, size: tuple[int, int], rng: np.random.Generator
-    ) -> np.ndarray:
+    def _draw_mask(self, proposals: Storage, photo: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """A proposal at image size, bool [H, W]: of a tree by Algorithm 2, else any of the photo's masks."""
-        reader = _reader(proposals, self.run.target.source)
+        reader, image_id = _reader(proposals, self.run.target.source), self.image_ids[photo]
+        if self.places is not None:
+            reader.know(image_id, (int(self.places[photo, 0]), int(self.places[photo, 1])))
         if reader.image_size(image_id) != size:
             raise ValueError(
                 f"photo {image_id!r} is {size[0]}x{size[1]} pixels (height x width), but was "
@@ -134,7 +143,8 @@ def open_stream(dataset: Dataset, proposals: Storage | None, run: Run) -> Exampl
             f"none of the {len(dataset.image_ids)} photos of {dataset.name} has a proposal in {proposals}; "
             "its quarantine file says why"
         )
-    return ExampleStream(dataset, proposals, image_ids, run)
+    places = np.array([reader.place(image_id) for image_id in image_ids], np.int32)
+    return ExampleStream(dataset, proposals, image_ids, run, places)
 
 
 def generator(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -16,9 +16,9 @@ from mis_platform.data.benchmarks import LAYOUTS, Dataset
 from mis_platform.data.images import ImageRefused
 from mis_platform.data.masks import is_buggy
 from mis_platform.errors import DataError
+from mis_platform.storage import READERS
 
 MERGE_PROBABILITY = 0.15  # of two objects becoming one target (SimpleClick)
-READERS = 8  # threads
 CACHED_IMAGES = 16  # whose objects a process keeps: a small share of the labels is visited often
 
 

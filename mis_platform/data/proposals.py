@@ -2,20 +2,15 @@
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from mis_platform.artifacts import read_manifest
 from mis_platform.data import parts
-from mis_platform.data.parts import MAX_PART_BYTES, Part
+from mis_platform.data.parts import MAX_PART_BYTES, PartReader
 from mis_platform.data.schemas import PROPOSALS
-from mis_platform.data.trees import CACHE_BYTES
-from mis_platform.storage import Storage
 
 _HEAD = ("image_id", "image_height", "image_width")
 
@@ -114,41 +109,19 @@ def best_overlap_of_masks(masks: np.ndarray, object_mask: np.ndarray) -> tuple[f
 # -- reader ----------------------------------------------------------------------------------------------------------
 
 
-class ProposalReader:
-    """Random access by image id to the masks of a finished artifact.
+def decode(data: bytes, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
+    """The table of one Parquet file of proposals. Raises ValueError."""
+    return parts.decode_parquet(data, PROPOSALS, max_bytes)
 
-    As `data.trees.TreeReader`: follows the manifest's list of parts, never the directory; the first access reads every
-    part once, unpacked parts are kept while they fit into `cache_bytes`, the least recently used go first. Not for
-    several threads at once; it can be pickled and then starts anew.
 
-    Raises ValueError when there is no manifest, a part is not what the manifest says, or an image is in two parts; from
-    the methods below, KeyError for an image without a row and ValueError, naming part and image, for a damaged row.
+class ProposalReader(PartReader):
+    """Random access by image id to the masks of a finished artifact; see `PartReader`.
+
+    Photos in which nothing was found are among its images. The methods below raise KeyError for an image without a row
+    and ValueError, naming part and image, for a damaged row.
     """
 
-    def __init__(self, storage: Storage, cache_bytes: int = CACHE_BYTES) -> None:
-        self.storage = storage
-        self.cache_bytes = cache_bytes
-        self._parts: list[Part] = read_manifest(storage)["parts"]
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ProposalReader, (self.storage, self.cache_bytes)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __contains__(self, image_id: str) -> bool:
-        return image_id in self._index
-
-    @property
-    def image_ids(self) -> tuple[str, ...]:
-        """In the order of parts and rows; photos in which nothing was found are among them."""
-        return tuple(self._index)
-
-    def image_size(self, image_id: str) -> tuple[int, int]:
-        """(height, width) in pixels, after EXIF rotation."""
-        table, k = self._row(image_id)
-        return table["image_height"][k].as_py(), table["image_width"][k].as_py()
+    decode = staticmethod(decode)
 
     def count(self, image_id: str) -> int:
         """How many masks the photo has, from 0."""
@@ -182,34 +155,6 @@ class ProposalReader:
             if np.count_nonzero(mask) != areas[number].as_py():
                 raise ValueError(f"it covers {np.count_nonzero(mask)} pixels, its area says {areas[number]}")
         except ValueError as error:
-            part = self._parts[self._index[image_id][0]]["name"]
+            part = self._parts[self.place(image_id)[0]]["name"]
             raise ValueError(f"part {part}: image {image_id!r}: mask {number}: {error}") from None
         return mask
-
-    @cached_property
-    def _index(self) -> dict[str, tuple[int, int]]:
-        """image id -> (number of its part, row in it)."""
-        index: dict[str, tuple[int, int]] = {}
-        for number, part in enumerate(self._parts):
-            for k, image_id in enumerate(self._table(number)["image_id"].to_pylist()):
-                if image_id in index:
-                    raise ValueError(f"part {part['name']}: image {image_id!r} was there already")
-                index[image_id] = (number, k)
-        return index
-
-    def _row(self, image_id: str) -> tuple[pa.Table, int]:
-        number, k = self._index[image_id]
-        return self._table(number), k
-
-    def _table(self, number: int) -> pa.Table:
-        if number not in self._cache:
-            self._cache[number] = parts.read_part(self.storage, self._parts[number], decode)
-            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self.cache_bytes:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(number)
-        return self._cache[number]
-
-
-def decode(data: bytes, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
-    """The table of one Parquet file of proposals. Raises ValueError."""
-    return parts.decode_parquet(data, PROPOSALS, max_bytes)

@@ -1,8 +1,6 @@
 """Merge trees as Parquet rows, and a reader that finds the tree of an image without loading all of them at once."""
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,12 +9,10 @@ import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest
 from mis_platform.data import parts
-from mis_platform.data.parts import MAX_PART_BYTES, Part
+from mis_platform.data.parts import MAX_PART_BYTES, Part, PartReader
 from mis_platform.data.schemas import TREES, check_version
 from mis_platform.simulation.tree import MergeTree
 from mis_platform.storage import Storage
-
-CACHE_BYTES = 512 * 2**20  # holds the unpacked trees of all of SBD (8498 images of 24 kB)
 
 
 def tree_row(image_id: str, image_size: tuple[int, int], tree: MergeTree) -> dict[str, Any]:
@@ -82,68 +78,18 @@ def decode(data: bytes, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
     return parts.decode_parquet(data, TREES, max_bytes)
 
 
-class TreeReader:
-    """Random access by image id to the trees of a finished artifact.
+class TreeReader(PartReader):
+    """Random access by image id to the trees of a finished artifact; see `PartReader`."""
 
-    Follows the manifest's list of parts, never the directory. The first access reads every part once, to learn which
-    images it holds; unpacked parts are kept while they fit into `cache_bytes`, the least recently used go first.
-    Not for several threads at once; it can be pickled and then starts anew.
-
-    Raises ValueError when there is no manifest, a part is not what the manifest says, or an image is in two parts.
-    """
-
-    def __init__(self, storage: Storage, cache_bytes: int = CACHE_BYTES) -> None:
-        self.storage = storage
-        self.cache_bytes = cache_bytes
-        self._parts: list[Part] = read_manifest(storage)["parts"]
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TreeReader, (self.storage, self.cache_bytes)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __contains__(self, image_id: str) -> bool:
-        return image_id in self._index
-
-    @property
-    def image_ids(self) -> tuple[str, ...]:
-        """In the order of parts and rows."""
-        return tuple(self._index)
+    decode = staticmethod(decode)
 
     def tree(self, image_id: str) -> MergeTree:
         """Raises KeyError when the image has none, ValueError naming part and image when it is not a valid tree."""
-        number, k = self._index[image_id]
+        table, k = self._row(image_id)
         try:
-            return tree_from_row(_row(self._table(number), k))
+            return tree_from_row(_row(table, k))
         except ValueError as error:
-            raise ValueError(f"part {self._parts[number]['name']}: {error}") from None
-
-    def image_size(self, image_id: str) -> tuple[int, int]:
-        """(height, width) in pixels, after EXIF rotation."""
-        number, k = self._index[image_id]
-        table = self._table(number)
-        return table["image_height"][k].as_py(), table["image_width"][k].as_py()
-
-    @cached_property
-    def _index(self) -> dict[str, tuple[int, int]]:
-        """image id -> (number of its part, row in it)."""
-        index: dict[str, tuple[int, int]] = {}
-        for number, part in enumerate(self._parts):
-            for k, image_id in enumerate(self._table(number)["image_id"].to_pylist()):
-                if image_id in index:
-                    raise ValueError(f"part {part['name']}: image {image_id!r} was there already")
-                index[image_id] = (number, k)
-        return index
-
-    def _table(self, number: int) -> pa.Table:
-        if number not in self._cache:
-            self._cache[number] = read_part(self.storage, self._parts[number])
-            while len(self._cache) > 1 and sum(table.nbytes for table in self._cache.values()) > self.cache_bytes:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(number)
-        return self._cache[number]
+            raise ValueError(f"part {self._parts[self.place(image_id)[0]]['name']}: {error}") from None
 
 
 def verify_trees(storage: Storage) -> list[str]:

@@ -52,7 +52,7 @@ from mis_platform.model.features import Extractor, build_extractor
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
 from mis_platform.stages.products import TREES_PRODUCT, Product
-from mis_platform.storage import Storage, StorageError
+from mis_platform.storage import READERS, Storage, StorageError
 
 VERSION = 2  # 2: a few merge costs differ in their last bits
 
@@ -68,7 +68,6 @@ LEDGER = pa.schema(
         "image_ids": pa.list_(pa.string()),
     }
 )
-READERS = min(16, 2 * (os.cpu_count() or 1))  # parts that are read at once
 
 INTERNAL = "INTERNAL"  # reason of a photo whose computation failed without a known cause
 OUT_OF_MEMORY = "OUT_OF_MEMORY"  # stops the run

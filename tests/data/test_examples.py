@@ -66,6 +66,8 @@ def test_an_example_depends_on_its_number_alone(stream: ExampleStream) -> None:
     examples._reader.cache_clear()
     for k in reversed(range(8)):
         assert_same(travelled.example(k), forwards[k])
+    assert travelled.proposals is not None
+    assert "_index" not in vars(examples._reader(travelled.proposals, "tree"))  # it read only what it needed
 
 
 def test_examples_are_what_the_network_takes(stream: ExampleStream) -> None:

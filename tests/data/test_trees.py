@@ -148,6 +148,28 @@ def test_reader_travels_to_other_processes(artifact: Storage) -> None:
     assert reader.image_ids == tuple(TREES_OF)
 
 
+def test_who_is_told_where_an_image_is_reads_that_part_only(artifact: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = TreeReader(artifact).place("1/2")
+    names: list[str] = []
+    read_bytes = Storage.read_bytes
+    monkeypatch.setattr(
+        Storage, "read_bytes", lambda self, name, *limit: (names.append(name), read_bytes(self, name))[1]
+    )
+    reader = TreeReader(artifact)
+    reader.know("1/2", place)
+    np.testing.assert_array_equal(reader.tree("1/2").children, TREES_OF["1/2"].children)
+    assert reader.image_size("1/2") == (25, 34)
+    assert names == ["manifest.json", "part-00001.parquet"]
+
+
+@pytest.mark.parametrize("place", [(0, 2), (1, 1), (1, 4)])
+def test_a_wrong_place_is_not_believed(artifact: Storage, place: tuple[int, int]) -> None:
+    reader = TreeReader(artifact)
+    reader.know("1/2", place)
+    with pytest.raises(ValueError, match=rf"part-0000{place[0]}\.parquet: image '1/2' is not in row {place[1]}"):
+        reader.tree("1/2")
+
+
 # -- damaged artifacts -----------------------------------------------------------------------------------------------
 
 
