@@ -405,66 +405,93 @@ def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
 def _spread(
     workers: Sequence[Any], job: Job, chunks: Sequence[Sequence[str]], progress: Progress
 ) -> Iterator[tuple[Sequence[str], Scored]]:
-    """Each chunk with what a worker found, as they are finished.
+    """Each chunk with what a worker found, as they are finished."""
+    crew = _Crew(workers, job, chunks)
+    images, rows = progress.start, 0
+    try:
+        while crew.left:
+            for chunk, scored in crew.finished():
+                images, rows = images + len(chunks[chunk]), rows + len(scored.rows)
+                yield chunks[chunk], scored
+            begun = crew.hand_out()
+            # A worker may not have begun its next chunk yet.
+            seen = min(images + sum(each[0] for each in begun), progress.total - bool(crew.left))
+            progress.update(seen, f"{rows + sum(each[1] for each in begun)} {job.noun}")
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+class _Crew:
+    """Workers, and the chunks that are left for them.
 
     A worker whose node is lost may wait for another one for ever; its chunk is done twice, by whoever is idle. A chunk
     whose worker is gone is given to another one, once; then the error is raised.
     """
-    waiting, shared = deque(range(len(chunks))), ray.put(job)
-    running: dict[Any, tuple[Any, int]] = {}
-    # A chunk goes to a worker that is alive: others on the cluster may hold the CPUs that a second one waits for, and
-    # two evaluations that share it would wait for each other for ever.
-    starting = {worker.progress.remote(): worker for worker in workers}
-    idle: list[Any] = []
-    left, abandoned = set(waiting), set[int]()
-    heard: dict[Any, float] = {}  # when a worker answered last
-    images, rows = progress.start, 0
 
-    def give(worker: Any, chunk: int) -> None:
-        heard[worker] = time.monotonic()
-        running[worker.score.remote(shared, chunks[chunk])] = worker, chunk
+    def __init__(self, workers: Sequence[Any], job: Job, chunks: Sequence[Sequence[str]]) -> None:
+        self._chunks, self._job = chunks, ray.put(job)
+        self.left = set(range(len(chunks)))
+        self._waiting = deque(range(len(chunks)))
+        self._abandoned: set[int] = set()
+        # A chunk goes to a worker that is alive: others on the cluster may hold the CPUs that a second one waits for,
+        # and two evaluations that share it would wait for each other for ever.
+        self._starting = {worker.progress.remote(): worker for worker in workers}
+        self._idle: list[Any] = []
+        self._running: dict[Any, tuple[Any, int]] = {}
+        self._heard: dict[Any, float] = {}  # when a worker answered last
 
-    try:
-        while left:
-            ready, _ = ray.wait([*running, *starting], timeout=POLL_SECONDS)
-            for reference in ready:
-                if reference in starting:
-                    worker = starting.pop(reference)
-                    if _answers(reference):
-                        idle.append(worker)
-                    else:
-                        starting[worker.progress.remote()] = worker
-                    continue
-                worker, chunk = running.pop(reference)
-                if chunk not in left:  # somebody else was faster than a worker that was silent, or is dead
-                    continue
-                try:
-                    scored = _result(reference)
-                except ray.exceptions.RayActorError:
-                    if chunk in abandoned:
-                        raise
-                    abandoned.add(chunk)
-                    waiting.append(chunk)
-                    starting[worker.progress.remote()] = worker
-                    continue
-                left.remove(chunk)
-                idle.append(worker)
-                images, rows = images + len(chunks[chunk]), rows + len(scored.rows)
-                yield chunks[chunk], scored
-            while idle and waiting:
-                give(idle.pop(), waiting.popleft())
-            begun = _begun(worker for worker, _ in running.values())
-            heard |= dict.fromkeys(begun, time.monotonic())
-            for worker, chunk in list(running.values()) if idle else ():
-                if chunk in left and time.monotonic() - heard[worker] > SILENT_SECONDS and idle:
-                    give(idle.pop(), chunk)
-                    heard[worker] = time.monotonic()
-            # A worker may not have begun its next chunk yet.
-            seen = min(images + sum(each[0] for each in begun.values()), progress.total - bool(left))
-            progress.update(seen, f"{rows + sum(each[1] for each in begun.values())} {job.noun}")
-    finally:
-        for worker in workers:
-            ray.kill(worker)
+    def finished(self) -> Iterator[tuple[int, Scored]]:
+        """Chunks, by number, that were finished by now, or within POLL_SECONDS."""
+        ready, _ = ray.wait([*self._running, *self._starting], timeout=POLL_SECONDS)
+        for reference in ready:
+            if reference in self._starting:
+                self._welcome(self._starting.pop(reference), _answers(reference))
+                continue
+            worker, chunk = self._running.pop(reference)
+            if chunk not in self.left:  # somebody else was faster than a worker that was silent, or is dead
+                continue
+            scored = self._collect(reference, worker, chunk)
+            if scored is not None:
+                yield chunk, scored
+
+    def hand_out(self) -> list[tuple[int, int]]:
+        """Give chunks to idle workers; what the others say that they have begun: images and rows of each."""
+        while self._idle and self._waiting:
+            self._give(self._waiting.popleft())
+        begun = _begun(worker for worker, _ in self._running.values())
+        self._heard |= dict.fromkeys(begun, time.monotonic())
+        for worker, chunk in list(self._running.values()) if self._idle else ():
+            if chunk in self.left and time.monotonic() - self._heard[worker] > SILENT_SECONDS and self._idle:
+                self._give(chunk)
+                self._heard[worker] = time.monotonic()
+        return list(begun.values())
+
+    def _welcome(self, worker: Any, is_alive: bool) -> None:
+        if is_alive:
+            self._idle.append(worker)
+        else:
+            self._starting[worker.progress.remote()] = worker
+
+    def _collect(self, reference: Any, worker: Any, chunk: int) -> Scored | None:
+        """What the worker found, nothing if it is gone."""
+        try:
+            scored = _result(reference)
+        except ray.exceptions.RayActorError:
+            if chunk in self._abandoned:
+                raise
+            self._abandoned.add(chunk)
+            self._waiting.append(chunk)
+            self._welcome(worker, is_alive=False)
+            return None
+        self.left.remove(chunk)
+        self._idle.append(worker)
+        return scored
+
+    def _give(self, chunk: int) -> None:
+        worker = self._idle.pop()
+        self._heard[worker] = time.monotonic()
+        self._running[worker.score.remote(self._job, self._chunks[chunk])] = worker, chunk
 
 
 def _answers(reference: Any) -> bool:
