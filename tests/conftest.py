@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: the real photographs, if they are there, and one Ray cluster for the session."""
 
+import ast
 import functools
 import os
 from collections.abc import Iterator
@@ -10,26 +11,32 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("MIS_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+RAY = "pytest.mark.ray"
 
 
 @functools.cache
-def needs_ray(file: Path) -> bool:
-    """Whether any test of the file does."""
-    return "pytest.mark.ray" in file.read_text(encoding="utf8")
+def ray_tests(file: Path) -> frozenset[str]:
+    """The tests of the file that carry the mark; the process that hands tests out knows nothing but their names."""
+    module = ast.parse(file.read_bytes())
+    is_whole = any(
+        isinstance(node, ast.Assign) and RAY in ast.unparse(node) for node in module.body
+    )  # pytestmark = ...
+    functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
+    return frozenset(each.name for each in functions if is_whole or RAY in map(ast.unparse, each.decorator_list))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not needs_ray(item.path))  # the longest first
+    items.sort(key=lambda item: not ray_tests(item.path))  # the longest first
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` one process runs the files that need Ray, on one cluster; the other runs the rest meanwhile."""
+    """With `-n 2` one process runs the tests that need Ray, on one cluster; the other runs the rest meanwhile."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneForRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file: str = nodeid.partition("::")[0]
-            return "ray" if needs_ray(config.rootpath / file) else file
+            file, *_, name = nodeid.split("::")
+            return "ray" if name.partition("[")[0] in ray_tests(config.rootpath / file) else file
 
     return OneForRay(config, log)
 
