@@ -32,8 +32,6 @@ class GraphCut:
         """uint8 [H, W, 3] RGB."""
         self._image = image.astype(np.float64) / 255
         self._graph, self._nodes = smoothness_graph(self._image, self._config.gamma)
-        # More than all edges of a pixel together: no cut separates a seed from its side.
-        self._never = 1e3 + 10 * self._config.gamma
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray) -> np.ndarray:
         """float32 [H, W]: 1 on the object's side of the cut, else 0."""
@@ -42,32 +40,37 @@ class GraphCut:
         if seeds.all():  # nothing is left to cut; PyMaxflow crashes on the copy of a graph without edges
             return (seeds == FOREGROUND).astype(np.float32)
         graph = self._graph.copy()
-        self._add_regions(graph, seeds)
+        never = self._add_regions(graph, seeds)
         if self._star is not None and (seeds == FOREGROUND).any():
-            self._add_star(graph, seeds)
+            self._add_star(graph, seeds, never)
         graph.maxflow()
         return np.logical_not(graph.get_grid_segments(self._nodes)).astype(np.float32)
 
-    def _add_regions(self, graph: maxflow.GraphFloat, seeds: np.ndarray) -> None:
-        """What each pixel costs on either side: -log p(colour | side), or everything for a seed."""
+    def _add_regions(self, graph: maxflow.GraphFloat, seeds: np.ndarray) -> float:
+        """What each pixel costs on either side: -log p(colour | side), or everything for a seed.
+
+        Returns "everything": more than all that may be cut together, so that no cut separates a seed from its side.
+        """
         flat = self._image.reshape(-1, 3)
         costs = {side: -log_density(flat, self._image[seeds == side]) for side in (FOREGROUND, BACKGROUND)}
         least = np.minimum(costs[FOREGROUND], costs[BACKGROUND])  # a density may exceed 1, a capacity is not negative
+        dearest = np.abs(costs[FOREGROUND] - costs[BACKGROUND]).sum()
+        never = float(1 + dearest + len(_NEIGHBOURS) * self._config.gamma * seeds.size)
         # The source is the object: its edge is cut where a pixel becomes background.
-        source = np.where(seeds.ravel() == FOREGROUND, self._never, costs[BACKGROUND] - least)
-        sink = np.where(seeds.ravel() == BACKGROUND, self._never, costs[FOREGROUND] - least)
+        source = np.where(seeds.ravel() == FOREGROUND, never, costs[BACKGROUND] - least)
+        sink = np.where(seeds.ravel() == BACKGROUND, never, costs[FOREGROUND] - least)
         source[seeds.ravel() == BACKGROUND] = 0
         sink[seeds.ravel() == FOREGROUND] = 0
         graph.add_grid_tedges(self._nodes, source.reshape(seeds.shape), sink.reshape(seeds.shape))
+        return never
 
-    def _add_star(self, graph: maxflow.GraphFloat, seeds: np.ndarray) -> None:
+    def _add_star(self, graph: maxflow.GraphFloat, seeds: np.ndarray, never: float) -> None:
         """An object that holds a pixel holds the whole shortest path from it to the nearest positive seed."""
         image = self._image if self._star == "geodesic" else np.zeros_like(self._image)
         parents = shortest_path_parents(image, seeds == FOREGROUND)
         inside = parents >= 0
         children, parents = self._nodes[inside], self._nodes.ravel()[parents[inside]]
-        never = np.full(len(children), self._never)
-        graph.add_edges(children.ravel(), parents, never, np.zeros(len(children)))
+        graph.add_edges(children.ravel(), parents, np.full(len(children), never), np.zeros(len(children)))
 
 
 def smoothness_graph(image: np.ndarray, gamma: float) -> tuple[maxflow.GraphFloat, np.ndarray]:

@@ -3,7 +3,7 @@
 from mis_platform.config import CLASSICAL_METHODS, ClassicalConfig
 from mis_platform.evaluation.click_model import ClickModel
 
-METHODS_VERSION = 1  # raised when one of them answers differently
+METHODS_VERSION = 2  # raised when one of them answers differently; 2: no star is cut, however large
 
 
 def build_method(name: str, config: ClassicalConfig) -> ClickModel:

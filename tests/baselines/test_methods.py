@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import dijkstra, maximum_flow
 from mis_platform.baselines import graph_cut
 from mis_platform.baselines.color_model import log_density
 from mis_platform.baselines.methods import build_method
-from mis_platform.baselines.seeds import seed_map
+from mis_platform.baselines.seeds import BACKGROUND, FOREGROUND, seed_map
 from mis_platform.config import CLASSICAL_METHODS, ClassicalConfig
 from mis_platform.simulation.clicks import Click
 
@@ -145,6 +145,26 @@ def test_a_star_shaped_object_is_one_piece(name: str) -> None:
     one = answer(name, image, clicks)
     assert (one[15:25, 65:75] == 0).all()
     assert (one[12:28, 12:28] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["gsc", "esc"])
+@pytest.mark.parametrize("bridge", [0, 3], ids=["apart", "joined"])
+def test_no_star_and_no_seed_is_cut_however_much_it_would_save(name: str, bridge: int) -> None:
+    """Two large blobs: thousands of pixels of the wrong one would gladly pay for a single edge."""
+    image = np.full((120, 240, 3), (40, 40, 200), np.uint8)
+    image[10:110, 10:110] = image[10:110, 130:230] = (200, 40, 40)
+    image[60 : 60 + bridge, 110:130] = (200, 40, 40)
+    image += noise(120, 240) // 32
+    clicks = [Click(60, 60, True), Click(60, 120, False)]
+    for config in (ClassicalConfig(), ClassicalConfig(seed_radius=0)):
+        found = answer(name, image, clicks, config) > 0.5
+        seeds = seed_map(clicks, 120, 240, config.seed_radius, config.frame)
+        assert found[seeds == FOREGROUND].all()
+        assert not found[seeds == BACKGROUND].any()
+        flat = image / 255 if name == "gsc" else np.zeros(image.shape)
+        parents = graph_cut.shortest_path_parents(flat, seeds == FOREGROUND)
+        inside = parents >= 0
+        assert (found.ravel()[parents[inside]] >= found[inside]).all(), "an object pixel whose path leaves the object"
 
 
 def test_a_euclidean_star_is_convex_to_its_centre() -> None:
