@@ -415,6 +415,8 @@ TABLE = [
         "looks like a secret",
     ),
     (AWS, "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN=0123canary", "docker.run_options.1", "RAY_AUTH_TOKEN is written"),
+    (AWS, "MIS_DATA=/data", "ENCRYPTION_KEY=0123canary", "docker.run_options.6", "ENCRYPTION_KEY is written"),
+    (AWS, "MIS_DATA=/data", "SSH_KEY_FILE=/data/0123", "", ""),
     (AWS, "MIS_DATA=/data", "X=AKIAIOSFODNN7CANARY1", "docker.run_options.6", "looks like a secret"),
     (
         RAY,
