@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mis_platform.cluster_files.findings import ERROR, WARNING, Finding, shown
+from mis_platform.cluster_files.findings import ERROR, WARNING, Finding, Path, shown
 from mis_platform.cluster_files.rules import Keys, mapping, names, no_cuda, walk
 
 # Fields of EC2's RunInstances and of a Compute Engine instance.
@@ -74,6 +74,10 @@ MACHINES = {
     **{"n2-standard-4": (4, 0), "n2-highcpu-16": (16, 0), "g2-standard-8": (8, 1)},
 }
 GPU_MACHINE = {"aws": re.compile(r"^(p|gr?)\d"), "gcp": re.compile(r"^[ag]\d-")}
+PRIVATE_BY = {  # what says in which network a machine is
+    "aws": {"LaunchTemplate", "NetworkInterfaces", "SubnetId", "SubnetIds"},
+    "gcp": {"networkInterfaces", "sourceInstanceTemplate"},
+}
 TYPES = "available_node_types"
 
 
@@ -117,9 +121,13 @@ def check_machines(file: str, config: Mapping[str, Any], cpu_only: bool, has_v2:
             yield Finding(file, (TYPES, name, "resources"), "no GPU among them", "write GPU: 1")
         if gpus[name]:
             yield from _gpu_image(file, config, name, each)
+    if kind in PRIVATE_BY and not config["provider"].get("use_internal_ips"):
+        problem = "Ray takes public subnets only, and waits for public addresses"
+        remedy = "write true, and use ray up where the private addresses can be reached"
+        yield Finding(file, "provider.use_internal_ips", problem, remedy, WARNING)
     for name, each in config.get(TYPES, {}).items():
         yield from _size(file, kind, name, each)
-        yield from _public(file, kind, name, each.get("node_config") or {})
+        yield from _public(file, (TYPES, name, "node_config"), config["provider"], each.get("node_config") or {})
 
 
 def _spot(
@@ -160,9 +168,13 @@ def _size(file: str, kind: str, name: str, node_type: Mapping[str, Any]) -> Iter
             yield Finding(file, (TYPES, name, "resources", resource), problem, f"write {resource}: {count}")
 
 
-def _public(file: str, kind: str, name: str, machine: Mapping[str, Any]) -> Iterator[Finding]:
+def _public(file: str, path: Path, provider: Mapping[str, Any], machine: Mapping[str, Any]) -> Iterator[Finding]:
     """Addresses on the internet, and credentials that any request from the machine gets."""
-    path = (TYPES, name, "node_config")
+    kind = str(provider.get("type"))
+    wanted = PRIVATE_BY.get(kind, set())
+    if wanted and not wanted & set(machine):
+        remedy = f"write {' or '.join(sorted(wanted))}, of a private subnet"
+        yield Finding(file, path, "a public address, which is Ray's default", remedy, WARNING)
     for below, value in walk(dict(machine)):
         if (below[-1:] == ("AssociatePublicIpAddress",) and value is True) or "accessConfigs" in below:
             remedy = "remove it, and use a private subnet with a NAT gateway for the way out"
