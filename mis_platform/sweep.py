@@ -85,10 +85,17 @@ class Sweep:
     @functools.cached_property
     def parent(self) -> str:
         """The fingerprint of the MLflow run above the rows: one for each data set and settings, whatever part of the
-        experiment is run and how often, because a row can lie under one run only."""
-        photos = {task.photos.digest() for task in self.tasks if task.photos is not None}
-        scored = {each.digest(masks=True) for task in self.tasks for each in task.benchmarks}
-        data = [sorted(photos), sorted(scored)]
+        experiment is run and how often, because a row can lie under one run only.
+
+        Of the data, that which every row of the whole experiment reads is part of it. Rows of classical methods run
+        while the training photos are not there yet, and must not move when they are. Needs a row that can start.
+        """
+        task, rows = self.tasks[0], [row for row in self.whole.rows if not row.quoted]
+        scored = set.intersection(*(set(row.run.eval_datasets) for row in rows))
+        benchmarks = zip(task.row.run.eval_datasets, task.benchmarks, strict=True)
+        shared = {dataset.digest(masks=True) for spec, dataset in benchmarks if spec in scored}
+        is_shared = task.photos is not None and len({_photos_of(row, self.experiment.measure) for row in rows}) == 1
+        data = [[task.photos.digest()] if task.photos is not None and is_shared else [], sorted(shared)]
         return fingerprint({"sweep": self.name, "profile": self.profile, "rows": _plain_rows(self.whole), "data": data})
 
     @property
@@ -146,12 +153,19 @@ def _plain_rows(experiment: Experiment) -> list[Any]:
     return [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in experiment.rows]
 
 
+def _photos_of(row: Row, measure: tuple[str, ...]) -> tuple[str, bool] | None:
+    """Which photos a row is trained on, by name and whether with their labels; None for a row without training."""
+    is_trained = "clicks" in measure and row.run.method == TRAINED
+    return (row.run.dataset, row.run.target.source == "labels") if is_trained else None
+
+
 def _task(
     row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None, untrusted: bool
 ) -> Task:  # fmt: skip
     row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
-    is_trained = "clicks" in measure and row.run.method == TRAINED
-    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, "train", untrusted) if is_trained else None
+    photos = None
+    if _photos_of(row, measure) is not None:
+        photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, "train", untrusted)
     specs = [_benchmark_spec(spec, root, data_root) for spec in row.run.eval_datasets]
     return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs), measure)
 
@@ -203,8 +217,9 @@ def run_sweep(sweep: Sweep) -> Comparison:
     """
     resources, root = sweep.resources, sweep.root
     missing = [task for task in sweep.tasks if not task.is_done(root, resources)]
-    failures = {f"{name}/{seed}": reason for (name, seed), reason in sweep.refused.items()}
-    with _parent(sweep) as parent:
+    failures: dict[str, str] = {}
+    # A sweep of which no row can start has nothing to record, and does not know yet under which data.
+    with _parent(sweep) if sweep.tasks else contextlib.nullcontext() as parent:
         if missing:
             with cluster.cluster(root):
                 failed = _finish(sweep, missing)
@@ -222,7 +237,8 @@ def run_sweep(sweep: Sweep) -> Comparison:
                 )
         comparison, found = compare_rows(sweep)
         _record_report(sweep, comparison, found, parent)
-        _register_best(sweep, comparison, parent)
+        if parent is not None:
+            _register_best(sweep, comparison, parent)
     return comparison
 
 
@@ -490,20 +506,22 @@ def _overlap_metrics(sweep: Sweep, task: Task) -> dict[str, float]:
 
 
 def _record_report(
-    sweep: Sweep, comparison: Comparison, found: Sequence[Outcome], parent: tracking.Tracker
+    sweep: Sweep, comparison: Comparison, found: Sequence[Outcome], parent: tracking.Tracker | None
 ) -> None:  # fmt: skip
-    """The report and its figures, as files in the sweep's directory and as artifacts of the parent run."""
+    """The report and its figures, as files in the sweep's directory and as artifacts of the parent run, if any."""
     texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
     if sweep.directory.exists(LAST_REPORT) and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
         return  # nothing is new: a second run draws nothing again
     try:
         for name, figure in draw(sweep, comparison, found).items():
             sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))
-            parent.log_figure(figure, f"figures/{name}")
+            if parent is not None:
+                parent.log_figure(figure, f"figures/{name}")
     except Exception as error:  # the numbers do not depend on a photo that cannot be drawn
         print(f"sweep: the report has no more figures: {reason_of(error)}", file=sys.stderr)
     for name, text in texts.items():
-        parent.log_text(text, name)
+        if parent is not None:
+            parent.log_text(text, name)
         sweep.directory.write_bytes(name, text.encode())
 
 

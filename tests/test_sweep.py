@@ -117,6 +117,65 @@ def test_other_photos_are_another_sweep(experiments: Path, tmp_path: Path) -> No
     assert prints[0][1] != prints[1][1]
 
 
+MIXED = """
+'''Does it work?'''
+from mis_platform.config import Run
+from mis_platform.experiment import SUPERVISED, Experiment, Row, changed
+
+COLOR = changed(Run(), **{"features.extractor": "color_texture"})
+EXPERIMENT = Experiment(
+    question=__doc__,
+    source="Table 0",
+    measure=MEASURE,
+    rows=(
+        Row("classical", changed(COLOR, method="graphcut")),
+        Row("network", Run()),
+        Row("trained", COLOR),
+        Row("supervised", changed(COLOR, **SUPERVISED)),
+        Row("elsewhere", Run(), quoted="paper, Table 0"),
+    ),
+)
+"""
+
+
+@pytest.mark.parametrize("measure", [("clicks",), ("overlap", "clicks")])
+def test_whatever_is_run_first_lies_under_one_parent(
+    experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: tuple[str, ...]
+) -> None:
+    """Parts of an experiment, and rows that cannot start yet: without weights, without photos, without labels."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", repr(measure)))
+    words = {"assignments": [*SHORT, "dataset=photos"], "data_root": tmp_path / "data"}
+    before = prepare(tmp_path, **words)
+    assert [task.name for task in before.tasks] == ["classical"], "there are no photos yet"
+    synthetic.write_photos(tmp_path / "data" / "photos", 2)
+    whole = prepare(tmp_path, **words)
+    found = ["classical", "trained"]
+    assert [task.name for task in whole.tasks] == found, "there are neither weights nor labels"
+    parts = [prepare(tmp_path, only=[name], **words) for name in found]
+    assert {each.parent for each in (before, *parts)} == {whole.parent}
+
+
+def test_overlaps_lie_under_one_parent_too(experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = MIXED.replace("MEASURE", "('overlap',)").replace("**SUPERVISED", '**{"target.source": "dsm"}')
+    (experiments / "tiny.py").write_text(text)
+    assert set(prepare(tmp_path).refused) == {("network", 0)}
+    parts = [prepare(tmp_path, only=[name]) for name in ("trained", "supervised")]
+    assert {each.parent for each in parts} == {prepare(tmp_path).parent}
+
+
+def test_a_sweep_of_which_no_row_can_start_leaves_no_run(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its parent would be another than the one that its rows get when their photos are there."""
+    prepared = prepare(tmp_path, assignments=[*SHORT, "dataset=photos"], data_root=tmp_path / "data")
+    comparison = sweep.run_sweep(prepared)
+    assert {line.name for line in comparison.lines if "photos" in line.reason} == {"good", "twin", "diverges"}
+    assert (Path(str(prepared.directory.local)) / "report.json").is_file()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_weights_are_found_from_a_trials_own_directory(
     experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
