@@ -93,11 +93,22 @@ class Experiment:
 
     def with_settings(self, assignments: Iterable[str]) -> "Experiment":
         """Every run with each `dotted.name=value` applied. Raises ValueError as `config.override` does, and where the
-        setting is what the rows vary: then they would all be one."""
+        setting is what the rows vary: then they would all be one.
+
+        Where runs learn from labels, `target.*` is theirs alone: it says which labels, not what their pretraining is.
+        """
         assignments = list(assignments)
         for name in {text.partition("=")[0].strip() for text in assignments} & set(self.varied()):
             raise ValueError(f"--set {name}: that is what the rows differ in; choose among them with --only")
-        return self._each(lambda run: override(run, assignments))
+        others = [text for text in assignments if not text.strip().startswith("target.")]
+        are_labels = any(row.run.target.source == "labels" for row in self.rows)
+
+        def applied(run: Run) -> Run:
+            is_other = are_labels and run.target.source != "labels"
+            result: Run = override(run, others if is_other else assignments)
+            return result
+
+        return self._each(applied)
 
     def with_profile(self, name: str) -> "Experiment":
         """The same rows at the size of a profile.

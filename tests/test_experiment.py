@@ -110,7 +110,9 @@ def test_the_default_row_of_the_tables_is_one_training() -> None:
 
 def test_labels_are_compared_from_both_starts() -> None:
     experiment = load("table2_label_fraction")
-    assert [row.run.target.fraction for row in experiment.rows] == [0.01, 0.01, 0.05, 0.05, 0.10, 0.10]
+    assert [row.run.target.fraction for row in experiment.rows] == [0.01, 0.01, 0.05, 0.05, 0.10, 0.10] * 2
+    assert [row.run.target.subset for row in experiment.rows] == ["first"] * 6 + ["random"] * 6
+    assert [bool(row.paper) for row in experiment.rows] == [True] * 6 + [False] * 6
     for scratch, tuned in zip(experiment.rows[::2], experiment.rows[1::2]):
         assert scratch.run == tuned.run
         assert scratch.run.target.source == "labels"
@@ -119,6 +121,21 @@ def test_labels_are_compared_from_both_starts() -> None:
         assert (scratch.pretraining, tuned.pretraining) == (None, Run())
         assert experiment.reference(scratch) is None
         assert experiment.reference(tuned) == scratch
+
+
+def test_which_labels_is_no_setting_of_the_pretraining() -> None:
+    """It learns from the trees of all photos, which refuse a share of labels."""
+    table = load("table2_label_fraction")
+    first = dataclasses.replace(table, rows=table.rows[:2], default="")
+    drawn = first.with_settings(["target.subset=random", "target.subset_seed=3", "train.seed=4"]).rows[1]
+    assert (drawn.run.target.subset, drawn.run.target.subset_seed, drawn.run.train.seed) == ("random", 3, 4)
+    assert drawn.pretraining == override(Run(), ["train.seed=4"])
+    with pytest.raises(ValueError, match=r"target\.subset: that is what the rows differ in"):
+        table.with_settings(["target.subset=random"])
+    alphas = load("ablation_alpha").with_settings(["target.source=dsm"])
+    assert {row.run.target.source for row in alphas.rows} == {"dsm"}, "without labels it is a setting of every run"
+    with pytest.raises(ValueError, match=r"need target\.source=labels"):
+        load("ablation_alpha").with_settings(["target.subset=random"])
 
 
 def test_a_profile_changes_the_pretraining_but_not_what_the_row_sets() -> None:

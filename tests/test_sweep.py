@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from mis_platform import cli, sweep, trial
-from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run
+from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, override
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.experiment import list_experiments
@@ -198,6 +198,13 @@ def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: P
 def test_seeds_leave_the_first_as_it_is() -> None:
     assert trial.seeded(Run(), 0) == Run()
     assert trial.seeded(Run(), 2).train.seed == 2
+
+
+def test_seeds_draw_other_labels_where_labels_are_drawn() -> None:
+    words = ["target.source=labels", "target.fraction=0.5"]
+    drawn = trial.seeded(override(Run(), [*words, "target.subset=random"]), 2)
+    assert (drawn.train.seed, drawn.target.subset_seed) == (2, 2)
+    assert trial.seeded(override(Run(), words), 2).target.subset_seed == 0
 
 
 def test_reasons_are_one_line_of_the_innermost_cause() -> None:
