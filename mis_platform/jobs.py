@@ -85,7 +85,7 @@ def evaluate(
         for benchmark in benchmarks:
             clicks = finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
             score = report.read_score(clicks, name)
-            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+            log_benchmarks(tracker, [benchmark])
             _log_score(tracker, score, clicks)
             _draw_objects(tracker, benchmark, model, run, clicks, pictures)
             scores.append(score)
@@ -113,7 +113,7 @@ def evaluate_method(
         for benchmark, stage in zip(benchmarks, stages, strict=True):
             clicks = finish(stage, root)
             score = report.read_score(clicks, name)
-            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+            log_benchmarks(tracker, [benchmark])
             _log_score(tracker, score, clicks)
             model = build_click_model(run.method, run.classical)
             replay = functools.partial(report.replay_answers, model, run.eval.threshold)
@@ -142,7 +142,7 @@ def score_proposals(
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
-            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+            log_benchmarks(tracker, [benchmark])
         overlaps.append((run.target.source, benchmark.name, about))
     return report.overlap_table(overlaps)
 
@@ -208,6 +208,12 @@ def record(
         parent=parent,
         wait=wait,
     )
+
+
+def log_benchmarks(tracker: tracking.Tracker, benchmarks: Sequence[Dataset]) -> None:
+    """What a run was scored on, as its inputs."""
+    for benchmark in benchmarks:
+        tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
 
 
 def _require_masks(benchmark: Dataset) -> None:

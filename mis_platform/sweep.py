@@ -33,7 +33,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
 from mis_platform.artifacts import Stage, ensure, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, compare, render
-from mis_platform.config import TRAINED, Resources, Run, fingerprint, plain, with_values
+from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
 from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
@@ -478,6 +478,8 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
         jobs.evaluate_method(task.benchmarks, run, resources, root, sweep.name, task.name, PICTURES, parent)
     with _scores_run(sweep, task) as tracker:
         tracker.set_tags(about)
+        if "clicks" not in task.measure:  # else the evaluation has said so
+            jobs.log_benchmarks(tracker, task.benchmarks)
         tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
     sweep.directory.write_bytes(marker, b"")
@@ -491,7 +493,7 @@ def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
         experiment=sweep.name,
         name=task.name,
         fingerprint=task.fingerprint(sweep.resources),
-        params={"features.extractor": task.run.features.extractor},
+        params=flatten(task.run) | flatten(sweep.resources, "resources."),
         parent=sweep.parent,
     )
 

@@ -145,6 +145,14 @@ def test_a_profile_changes_the_pretraining_but_not_what_the_row_sets() -> None:
     assert (row.run.train.epochs, row.pretraining.train.epochs) == (24, 24)
 
 
+@pytest.mark.parametrize(("profile", "tau"), [("paper", 0.2), ("small", 0.9), ("smoke", 0.9)])
+def test_tokencut_suits_the_features_of_the_profile(profile: str, tau: float) -> None:
+    for name, row in (("table1", "TokenCut*"), ("figure5", "TokenCut")):
+        assert load(name).with_profile(profile).row(row).run.sources.tokencut.tau == tau
+    other = load("ablation_alpha").with_profile(profile).rows[0].run
+    assert other.sources == Run().sources, "an experiment without TokenCut keeps its identity"
+
+
 def test_listing_imports_nothing(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text('"""Why?\n\nBecause."""\nraise RuntimeError("this file was run")\n')
     (tmp_path / "_helper.py").write_text("raise RuntimeError\n")

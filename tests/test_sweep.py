@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from mis_platform import cli, sweep, trial
-from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, override
+from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.experiment import list_experiments
@@ -246,6 +246,26 @@ def test_a_sweep_with_a_failing_row(
     before = len(list((tmp_path / "checkpoint").glob("*")))
     sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
     assert len(list((tmp_path / "checkpoint").glob("*"))) == before
+
+
+@pytest.mark.ray
+def test_a_row_of_overlaps_is_recorded_like_any_other(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+    synthetic.write_benchmark(tmp_path / "objects", 2)
+    (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", "('overlap',)"))
+    words = [*SHORT, f'eval_datasets=["synthetic:{tmp_path}/objects"]']
+    comparison = sweep.run_sweep(prepare(tmp_path, only=["trained"], assignments=words))
+    assert comparison.lines[0].state == "done", comparison.lines
+    database = tmp_path / "mlflow.db"
+    row = "join tags t on t.run_uuid = p.run_uuid and t.key = 'mlflow.parentRunId'"
+    params = dict(rows_of(database, f"select p.key, p.value from params p {row}"))
+    assert params.keys() == flatten(Run()).keys() | flatten(Resources(), "resources.").keys()
+    assert (params["features.extractor"], params["sampling.alpha"]) == ("color_texture", "0.9")
+    metrics = dict(rows_of(database, f"select p.key, p.value from metrics p {row}"))
+    assert metrics.keys() == {"synthetic/mean_best_overlap"}
+    assert rows_of(database, "select name, length(digest) from datasets") == [("synthetic", 36)]
+    read = "select g.value from input_tags g join inputs i using (input_uuid) join tags t on t.run_uuid = "
+    read += "i.destination_id and t.key = 'mlflow.parentRunId'"
+    assert rows_of(database, read) == [("evaluation",)]
 
 
 def test_rows_whose_pretraining_failed_do_not_start(
