@@ -235,20 +235,24 @@ def run_sweep(
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed."""
+    """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed or
+    was refused, because its data or weights are not there."""
     prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=not dry_run)
     if dry_run:
         return _print_sweep(prepared)
     from mis_platform import sweep
-    from mis_platform.comparison import render
+    from mis_platform.comparison import STOPPED, render
 
     comparison = sweep.run_sweep(prepared)
     typer.echo(render(comparison, "text"))
     typer.echo(f"\nreport and figures: {prepared.directory}", err=True)
-    failed = [outcome for outcome in sweep.outcomes(prepared) if outcome.state == "failed"]
-    if failed:
-        names = dict.fromkeys(outcome.row.name for outcome in failed)
-        typer.echo(f"failed, for the reasons above: {', '.join(names)}; the same command tries them again", err=True)
+    found = sweep.outcomes(prepared)
+    for state in STOPPED:
+        names = dict.fromkeys(outcome.row.name for outcome in found if outcome.state == state)
+        if names:
+            about = f"{state}, for the reasons above: {', '.join(names)}; the same command tries them again"
+            typer.echo(about, err=True)
+    if any(outcome.state in STOPPED for outcome in found):
         raise typer.Exit(FAILURES)
     return None
 

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ PICTURES = 2  # objects drawn for each row and benchmark
 LAST_REPORT = "report.json"
 REPORTS = {"report.txt": "text", "report.md": "markdown", "report.html": "html", LAST_REPORT: "json"}  # in this order
 CURVES = ("loss", "loss_mask", "loss_smooth", "iou", "gradient_norm", "learning_rate", "images_per_second")
+
+logger = logging.getLogger(__name__)
 
 
 # -- what is to be done ----------------------------------------------------------------------------------------------
@@ -330,9 +332,7 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
         )
         try:
             fit = cluster.in_background(tuner.fit)
-            while wait([fit], timeout=SECONDS_BETWEEN_ORPHANS).not_done:
-                if recorder.has_failures:  # of a trial that was given up, the next one needs the CPUs
-                    cluster.remove_orphans()
+            _wait_for(fit, recorder)
             results = fit.result()
         except BaseException as cause:  # Ctrl-C or SIGTERM: the trainings write a last checkpoint
             recorder.close()
@@ -344,6 +344,23 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
             reason = reason_of(result.error)
             failures |= {_key(task): reason for task in groups[result.config["group"]]}
     return failures
+
+
+def _wait_for(fit: "Future[Any]", recorder: "_Recorder") -> None:
+    """Until Tune has ended. Meanwhile what a failed trial leaves reserved is given back: the next one needs the CPUs.
+
+    That it cannot be given back is told once and ends nothing: trials that need less than is left still finish.
+    """
+    is_told = False
+    while wait([fit], timeout=SECONDS_BETWEEN_ORPHANS).not_done:
+        try:
+            if recorder.has_failures:
+                cluster.remove_orphans()
+        except Exception as error:
+            if not is_told:
+                reason = reason_of(error)
+                logger.warning("what a failed trial reserved cannot be given back, others may wait: %s", reason)
+            is_told = True
 
 
 def _stop_trials(bell: Any, seconds: float) -> None:
@@ -537,12 +554,18 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
         return
     best = min(known, key=lambda cell: cell.mean if cell.mean is not None else float("inf"))
     done = (task for task in sweep.tasks if task.is_done(sweep.root, sweep.resources))
-    task = next(task for task in done if task.row.name == best.row)
+    _register(sweep, next(task for task in done if task.row.name == best.row), parent)
+
+
+def _register(sweep: Sweep, task: Task, parent: tracking.Tracker) -> None:
+    """From a local root only: MLflow uploads a model from files, perhaps after this process has ended."""
     model = task.training(sweep.resources).directory(sweep.root)
-    if model.local is not None:
-        licence = licence_of(parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}"))
-        side = task.run.model.image_size
-        parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
+    if model.local is None:
+        print(f"sweep: the best model is not registered in MLflow, which takes local files: {model}", file=sys.stderr)
+        return
+    licence = licence_of(parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}"))
+    side = task.run.model.image_size
+    parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
 
 
 def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:
@@ -569,8 +592,10 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
             continue
         for seed in range(row.seeds(sweep.seeds)):
             task = by_key.get((row.name, seed))
-            reason = sweep.refused.get((row.name, seed)) or failures.get(f"{row.name}/{seed}", "")
-            if task is not None and task.is_done(sweep.root, sweep.resources):
+            reason = failures.get(f"{row.name}/{seed}", "")
+            if task is None:
+                found.append(Outcome(row, seed, "refused", sweep.refused[row.name, seed], {}, {}, {}))
+            elif task.is_done(sweep.root, sweep.resources):
                 found.append(_outcome(sweep, task))
             else:
                 found.append(Outcome(row, seed, "failed" if reason else "missing", reason, {}, {}, {}))
