@@ -6,17 +6,20 @@ need (trees, a pretraining) is made before the fan-out. Only this process writes
 sweep, one child for each row, found again by their fingerprints.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +51,7 @@ SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # setti
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
+Wheels = Callable[[], synthetic.Material]  # makes them where they are missing
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_ORPHANS = 5.0
 PICTURES = 2  # objects drawn for each row and benchmark
@@ -107,7 +111,10 @@ class Sweep:
         return " ".join([self.profile, *(["with", ", ".join(other)] if other else [])])
 
     def work(self) -> str:
-        """One line on what is left: trainings, those that several rows share once, and their images."""
+        """One line on what is left: rows that cannot start, trainings and their images, rows without their scores.
+
+        A training that several rows share counts once.
+        """
         left: dict[str, Task] = {}
         for task in [*self.tasks, *(_as_pretraining(task) for task in self.tasks if task.row.pretraining)]:
             if task.is_trained:
@@ -115,7 +122,15 @@ class Sweep:
                 if not training.is_done(self.root):
                     left.setdefault(training.fingerprint, task)
         images = sum(_images(task) for task in left.values())
-        return f"work left: {len(left)} training(s), about {images} images to train on"
+        unscored = {task.row.name for task in self.tasks if not task.is_done(self.root, self.resources)}
+        parts = [f"{len(left)} training(s), about {images} images to train on"] if left else []
+        parts += [f"{len(unscored)} row(s) to score"] if unscored else []
+        text = f"work left: {', '.join(parts) or 'nothing'}"
+        refused = len({name for name, _ in self.refused})
+        if not refused:
+            return text
+        rest = f"of the others, {text}" if self.tasks else "no row can start"
+        return f"{refused} row(s) refused, for the reasons above; {rest}"
 
     @property
     def directory(self) -> Storage:
@@ -132,18 +147,21 @@ def prepare(
     assignments: Sequence[str] = (),
     only: Sequence[str] = (),
     seeds: int = 1,
+    writes: bool = True,
 ) -> Sweep:
     """The sweep that these words name. A row that cannot start (weights or data missing) is refused, with its reason.
 
+    writes: whether photos that a profile makes may be left below the root; a sweep that is to run needs them there.
     Raises ValueError for unknown names and settings.
     """
     whole = load_experiment(name).with_profile(profile).with_settings(assignments)
     experiment = whole.select(only)
+    wheels = functools.partial(_wheels, root, writes)
     tasks, refused = [], {}
     for row in experiment.rows:
         for seed in range(row.seeds(seeds)):
             try:
-                task = _task(row, seed, experiment.measure, root, data_root, resources.untrusted)
+                task = _task(row, seed, experiment.measure, wheels, data_root, resources.untrusted)
                 task.fingerprint(resources)  # missing weights and masks show here
                 tasks.append(task)
             except ValueError as error:
@@ -162,13 +180,13 @@ def _photos_of(row: Row, measure: tuple[str, ...]) -> tuple[str, bool] | None:
 
 
 def _task(
-    row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None, untrusted: bool
+    row: Row, seed: int, measure: tuple[str, ...], wheels: Wheels, data_root: Path | None, untrusted: bool
 ) -> Task:  # fmt: skip
     row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
     photos = None
     if _photos_of(row, measure) is not None:
-        photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, "train", untrusted)
-    specs = [_benchmark_spec(spec, root, data_root) for spec in row.run.eval_datasets]
+        photos = pipeline.open_dataset(_photos_spec(row.run, wheels), data_root, "train", untrusted)
+    specs = [_benchmark_spec(spec, wheels, data_root) for spec in row.run.eval_datasets]
     return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs), measure)
 
 
@@ -180,24 +198,34 @@ def _absolute(run: Run) -> Run:
     return found
 
 
-def _photos_spec(run: Run, root: Storage) -> str:
+def _photos_spec(run: Run, wheels: Wheels) -> str:
     """The training photos; what a profile calls "wheels" is a folder below the root, with masks if labels are asked."""
     if run.dataset != WHEEL_PHOTOS:
         return run.dataset
-    material = _wheels(root)
+    material = wheels()
     return f"folder:{material.labelled if run.target.source == 'labels' else material.photos}"
 
 
-def _benchmark_spec(spec: str, root: Storage, data_root: Path | None) -> str:
+def _benchmark_spec(spec: str, wheels: Wheels, data_root: Path | None) -> str:
     """The benchmark; "synthetic" is made below the root unless the data root has one."""
     is_there = data_root is not None and (data_root / spec / "images").is_dir()
-    return spec if spec != WHEEL_BENCHMARK or is_there else f"synthetic:{_wheels(root).benchmark}"
+    return spec if spec != WHEEL_BENCHMARK or is_there else f"synthetic:{wheels().benchmark}"
 
 
-def _wheels(root: Storage) -> synthetic.Material:
+def _wheels(root: Storage, writes: bool) -> synthetic.Material:
+    """Photos and benchmark of the smoke profile; those of a root without them that is only looked at go with us."""
     if root.local is None:
         raise ValueError(f"the smoke profile makes its photos below a local root; {root} is none")
-    return synthetic.write_material(root.local / "wheels", objects=WHEEL_OBJECTS)
+    folder = root.local / "wheels"
+    is_ours = writes or folder.is_dir()
+    return synthetic.write_material(folder if is_ours else _folder_until_exit(), objects=WHEEL_OBJECTS)
+
+
+@functools.cache
+def _folder_until_exit() -> Path:
+    folder = tempfile.mkdtemp(prefix="mis-wheels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _images(task: Task) -> int:

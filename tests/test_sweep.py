@@ -321,18 +321,59 @@ def test_rows_whose_pretraining_failed_do_not_start(
     assert failures == {"twin/0": "pretraining: no memory"}
 
 
+@pytest.mark.parametrize("words", [("run", "sweep", "tiny", "--dry-run"), ("show", "tiny")])
 def test_what_a_sweep_would_do(
-    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    experiments: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
 ) -> None:
-    words = ["run", "sweep", "tiny", "--profile", "smoke", "--root", str(tmp_path), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", ["mis", *words])
+    """Nothing is written, although the smoke profile makes its photos."""
+    root = tmp_path / "root"
+    monkeypatch.setattr(sys, "argv", ["mis", *words, "--profile", "smoke", "--root", str(root)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
+    assert not root.exists()
     text = capsys.readouterr().out
-    for words in ("Does it work?", "quoted", "train.learning_rate=1e+30"):
+    for words in (
+        "Does it work?",
+        "quoted",
+        "train.learning_rate=1e+30",
+        "work left: 2 training(s)",
+        "3 row(s) to score",
+    ):
         assert words in text
-    assert not (tmp_path / "mlflow.db").exists()
+    for words in ("profile smoke:", "batch_size=2 (default 32)", "extractor=color_texture (default dino_vits8)"):
+        assert text.count(words) == 1, "once for all rows"
+    assert " learning_rate=5e-05" not in text, "that is what they differ in"
+    prepared = prepare(tmp_path, assignments=[])
+    rows = [line.split()[:3] for line in text.splitlines()]
+    for task in prepared.tasks:
+        assert ["missing", task.name, task.fingerprint(prepared.resources)] in rows
+
+
+def test_a_report_of_nothing_writes_nothing(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    monkeypatch.setattr(sys, "argv", ["mis", "report", "tiny", "--profile", "smoke", "--root", str(root)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert "good: not run yet" in capsys.readouterr().out
+    assert not root.exists()
+
+
+def test_rows_that_cannot_start_are_no_finished_work(experiments: Path, tmp_path: Path) -> None:
+    (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", "('clicks',)"))
+    words = {"assignments": [*SHORT, "dataset=photos"], "data_root": tmp_path / "data"}
+    assert prepare(tmp_path, **words).work() == (
+        "3 row(s) refused, for the reasons above; of the others, work left: 1 row(s) to score"
+    )
+    nothing = prepare(tmp_path, only=["trained"], **words).work()
+    assert nothing == "1 row(s) refused, for the reasons above; no row can start"
 
 
 def test_a_root_that_cannot_be_written_is_told_in_one_line(
