@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mis_platform import cli
 from mis_platform.config import Run, flatten, override
 from mis_platform.experiment import (
     PROFILES,
@@ -95,6 +97,20 @@ def test_every_profile_fits_every_experiment(name: str, profile: str) -> None:
 )
 def test_the_papers_numbers(name: str, row: str, metric: str, clicks: float) -> None:
     assert load(name).row(row).paper[metric] == clicks
+
+
+def test_a_quoted_row_says_what_would_run_it() -> None:
+    """As a command line that is read as ours, or that there is none."""
+    commands = {}
+    for row in load("table1").rows:
+        if row.quoted:
+            commands[row.name] = re.findall(r"mis ((?:import|eval) [^&]+)", row.quoted)
+            assert bool(commands[row.name]) != ("no command" in row.quoted), row.name
+            for command in commands[row.name]:
+                cli._check_command(command.split())
+    assert [name for name, found in commands.items() if not found] == [
+        *("DIOS w/o GC", "DIOS w/ GC", "IA+SA", "PseudoClick")
+    ]
 
 
 @pytest.mark.parametrize("metric", ["berkeley/noc85", "sbd/noc85", "sbd/noc90", "davis/noc90"])
