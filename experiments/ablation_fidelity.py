@@ -26,5 +26,7 @@ EXPERIMENT = Experiment(
         Row("the paper's form of all", changed(Run(), **PAPER_FORM)),
     ),
     default="official code",
-    note="The paper reports one set of numbers; that they belong to the official code is an assumption.",
+    note="The paper reports one set of numbers; that they belong to the official code is an assumption. Features "
+    "without a network (color_texture, in profiles without weights) have neither position embeddings nor layers: "
+    "there, these two rows are the training of the official code.",
 )

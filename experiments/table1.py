@@ -25,8 +25,17 @@ QUOTED = {  # deep, supervised
     "PseudoClick": ((None, 1.84), (None, 2.98), (None, 5.61), (4.74, 6.16)),
 }
 WITH_PUBLIC_WEIGHTS = {  # what would run a quoted row, once its authors' weights are at hand
-    "f-BRS": "not its ResNet-50; f-BRS-B on RITM's HRNet: mis import sbd_h18_itermask.pth --out fbrs --refine fbrs",
+    "f-BRS": "not its ResNet-50; f-BRS-B on RITM's HRNet: mis import sbd_h18_itermask.pth --out fbrs --refine fbrs && "
+    "mis eval --model fbrs --dataset grabcut",
     "RITM": "mis import sbd_h18_itermask.pth --out ritm && mis eval --model ritm --dataset grabcut",
+}
+WITH_PUBLIC_CODE = {  # repositories of the authors; a ClickModel around that code would run the row
+    "LD": "isl-org/Intseg",
+    "BRS": "wdjang/BRS-Interactive_segmentation",
+    "FCA-Net": "frazerlin/fcanet",
+    "CDNet": "XavierCHEN34/ClickSEG",
+    "FocalClick": "XavierCHEN34/ClickSEG",
+    "FocusCut": "frazerlin/focuscut",
 }
 CLASSICAL = {  # not deep; name: setting, numbers
     "GraphCut": ("graphcut", ((7.98, 10.00), (None, 14.22), (13.60, 15.96), (15.13, 17.41))),
@@ -44,8 +53,13 @@ SIMPLECLICK = ((1.40, 1.54), (1.44, 2.46), (3.28, 5.24), (4.10, 5.48))
 
 
 def quoted(name: str) -> str:
-    command = WITH_PUBLIC_WEIGHTS.get(name)
-    return f"paper, Table 1; with its public weights: {command}" if command else "paper, Table 1"
+    if name in WITH_PUBLIC_WEIGHTS:
+        return f"paper, Table 1; with its public weights: {WITH_PUBLIC_WEIGHTS[name]}"
+    if name in WITH_PUBLIC_CODE:
+        method = f"my_methods:{name.replace('-', '')}"
+        about = f"with a class around its authors' code ({WITH_PUBLIC_CODE[name]}; docs/click-models.md)"
+        return f"paper, Table 1; {about}: mis eval --method {method} --dataset grabcut"
+    return "paper, Table 1; no code of its authors is known here, so no command runs it"
 
 
 def trained_on(source: str, name: str, numbers: tuple[tuple[float | None, float | None], ...]) -> tuple[Row, Row]:

@@ -235,20 +235,24 @@ def run_sweep(
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed."""
+    """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed or
+    was refused, because its data or weights are not there."""
     prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=not dry_run)
     if dry_run:
         return _print_sweep(prepared)
     from mis_platform import sweep
-    from mis_platform.comparison import render
+    from mis_platform.comparison import STOPPED, render
 
     comparison = sweep.run_sweep(prepared)
     typer.echo(render(comparison, "text"))
     typer.echo(f"\nreport and figures: {prepared.directory}", err=True)
-    failed = [outcome for outcome in sweep.outcomes(prepared) if outcome.state == "failed"]
-    if failed:
-        names = dict.fromkeys(outcome.row.name for outcome in failed)
-        typer.echo(f"failed, for the reasons above: {', '.join(names)}; the same command tries them again", err=True)
+    found = sweep.outcomes(prepared)
+    for state in STOPPED:
+        names = dict.fromkeys(outcome.row.name for outcome in found if outcome.state == state)
+        if names:
+            about = f"{state}, for the reasons above: {', '.join(names)}; the same command tries them again"
+            typer.echo(about, err=True)
+    if any(outcome.state in STOPPED for outcome in found):
         raise typer.Exit(FAILURES)
     return None
 
@@ -265,7 +269,7 @@ def report_experiment(
     assignments: SetOption = None,
 ) -> None:
     """The table of an experiment beside the paper's, from what is done so far; runs nothing."""
-    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments)
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=False)
     from mis_platform import sweep
     from mis_platform.comparison import render
 
@@ -282,9 +286,12 @@ def show(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
 ) -> None:
-    """Every setting with its value, or an experiment: its question, its rows, what is done and what is missing."""
+    """Every setting with its value, or an experiment: its question, settings, rows, what is done and what is missing.
+
+    Nothing is written below the root.
+    """
     if name is not None:
-        return _print_sweep(_sweep(name, profile, None, seeds, root, data_root, assignments))
+        return _print_sweep(_sweep(name, profile, None, seeds, root, data_root, assignments, writes=False))
     return _print_settings(dataset, root, data_root, assignments)
 
 
@@ -570,7 +577,7 @@ def _sweep(
     root: str,
     data_root: Path | None,
     assignments: list[str] | None,
-    writes: bool = False,
+    writes: bool,
 ) -> "Sweep":
     """What the words of a command line mean; typing errors are told before anything heavy is imported."""
     from mis_platform.config import Resources, override, split_resources
@@ -591,11 +598,15 @@ def _sweep(
         assignments=deciding,
         only=only or [],
         seeds=seeds,
+        writes=writes,
     )
 
 
 def _print_sweep(prepared: "Sweep") -> None:
-    """The question, the rows with the settings that tell them apart, what is done, what is missing, the work left."""
+    """The question, the settings of all rows, the rows with those that tell them apart and what is done, the work left.
+
+    A row's fingerprint is that of its MLflow run, the tag `mis.fingerprint`: its model and how that is scored.
+    """
     from mis_platform.config import ROBOT_SETTINGS, TRAINED, flatten
 
     untrained = {"method", *(f"eval.{name}" for name in ROBOT_SETTINGS)}  # what decides the answers of other methods
@@ -603,6 +614,10 @@ def _print_sweep(prepared: "Sweep") -> None:
     typer.echo(f"{prepared.name} ({experiment.source}, profile {prepared.profile}): {experiment.question}")
     if experiment.note:
         typer.echo(experiment.note)
+    running = [row for row in experiment.rows if not row.quoted]
+    if running:
+        typer.echo(f"\nall rows, at profile {prepared.profile}:")
+        _print_shared(running[0].run, varied)
     typer.echo("")
     width = max(len(row.name) for row in experiment.rows) + len(" seed 00")
     tasks = {(task.row.name, task.seed): task for task in prepared.tasks}
@@ -614,8 +629,27 @@ def _print_sweep(prepared: "Sweep") -> None:
             settings = ", ".join(f"{name}={_spell(flatten(row.run)[name])}" for name in relevant)
             task, why = tasks.get((row.name, seed)), prepared.refused.get((row.name, seed))
             state = "refused" if task is None else _state(task, prepared)
-            typer.echo(f"{state:<8}  {row.name + (f' seed {seed}' if seed else ''):<{width}}  {why or settings}")
+            about = why if task is None else f"{task.fingerprint(prepared.resources)}  {settings}".rstrip()
+            typer.echo(f"{state:<8}  {row.name + (f' seed {seed}' if seed else ''):<{width}}  {about}")
     typer.echo(f"\n{prepared.work()}")
+
+
+def _print_shared(run: "Run", varied: list[str]) -> None:
+    """The settings that rows do not differ in, a paragraph for each group; beside those that are no default, that."""
+    import textwrap
+
+    from mis_platform.config import Run, flatten
+
+    usual = flatten(Run())
+    groups: dict[str, list[str]] = {}
+    for name, value in flatten(run).items():
+        group, _, leaf = name.rpartition(".")
+        default = "" if value == usual[name] else f" (default {_spell(usual[name])})"
+        if name not in varied:
+            groups.setdefault(group, []).append(f"{leaf}={_spell(value)}{default}")
+    for group, texts in groups.items():
+        text = f"{group}: {', '.join(texts)}" if group else ", ".join(texts)
+        typer.echo(textwrap.fill(text, 120, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def _state(task: Any, prepared: "Sweep") -> str:

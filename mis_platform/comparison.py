@@ -20,9 +20,11 @@ from mis_platform.evaluation.noc import bootstrap_interval, clicks_to_reach, kee
 from mis_platform.experiment import PAPER_PROFILE, Experiment, Row
 from mis_platform.report import PAPER, markdown_table, plain_table, protocol_differences
 
-State = Literal["done", "missing", "failed", "quoted"]
+State = Literal["done", "missing", "refused", "failed", "quoted"]  # refused: its data or weights are not there
 Verdict = Literal["pass", "fail", "not comparable", ""]
 Direction = Literal["agrees", "opposite", "undecided", ""]
+
+STOPPED: tuple[State, ...] = ("failed", "refused")  # of several seeds the first of these counts
 
 FORMATS = ("text", "markdown", "html", "json")
 TARGETS = {"noc85": 0.85, "noc90": 0.90}  # IoU
@@ -43,7 +45,7 @@ class Outcome:
     row: Row
     seed: int
     state: State
-    reason: str = ""  # why it failed
+    reason: str = ""  # why it failed or was refused
     ious: Mapping[str, np.ndarray] = field(default_factory=dict)
     # data set -> float32 [objects, max_clicks], NaN for clicks not made (`evaluation.noc.iou_table`)
     overlaps: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -90,7 +92,7 @@ class Line:
 
     name: str
     state: State
-    reason: str  # why it failed, where it is quoted from, which seeds are missing
+    reason: str  # why it failed or was refused, where it is quoted from, which seeds are missing
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,10 @@ def _line(row: Row, outcomes: Sequence[Outcome]) -> Line:
         rest = [each for each in outcomes if each.state != "done"]
         reasons = [f"seed {each.seed} {each.state}{f': {each.reason}' if each.reason else ''}" for each in rest]
         return Line(row.name, "done", "; ".join(reasons))
-    if "failed" in states:
-        reasons = [outcome.reason for outcome in outcomes if outcome.state == "failed" and outcome.reason]
-        return Line(row.name, "failed", "; ".join(dict.fromkeys(reasons)))
+    for state in STOPPED:
+        if state in states:
+            reasons = [outcome.reason for outcome in outcomes if outcome.state in STOPPED and outcome.reason]
+            return Line(row.name, state, "; ".join(dict.fromkeys(reasons)))
     return Line(row.name, "missing", "")
 
 
@@ -505,7 +508,8 @@ def _remarks(comparison: Comparison) -> list[str]:
     """Rows that have no number or not all, then the notes."""
     remarks = []
     for line in comparison.lines:
-        words = {"done": line.reason, "missing": "not run yet", "failed": f"failed: {line.reason or 'no reason given'}"}
+        words = {"done": line.reason, "missing": "not run yet"}
+        words |= {state: f"{state}: {line.reason or 'no reason given'}" for state in STOPPED}
         if words.get(line.state):
             remarks.append(f"{line.name}: {' '.join(words[line.state].split())}")
     sources: dict[str, list[str]] = {}

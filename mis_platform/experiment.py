@@ -94,19 +94,37 @@ class Experiment:
 
     def with_settings(self, assignments: Iterable[str]) -> "Experiment":
         """Every run with each `dotted.name=value` applied. Raises ValueError as `config.override` does, and where the
-        setting is what the rows vary: then they would all be one."""
+        setting is what the rows vary: then they would all be one.
+
+        Where runs learn from labels, `target.*` is theirs alone: it says which labels, not what their pretraining is.
+        """
         assignments = list(assignments)
         for name in {text.partition("=")[0].strip() for text in assignments} & set(self.varied()):
             raise ValueError(f"--set {name}: that is what the rows differ in; choose among them with --only")
-        return self._each(lambda run: override(run, assignments))
+        others = [text for text in assignments if not text.strip().startswith("target.")]
+        are_labels = any(row.run.target.source == "labels" for row in self.rows)
+
+        def applied(run: Run) -> Run:
+            is_other = are_labels and run.target.source != "labels"
+            result: Run = override(run, others if is_other else assignments)
+            return result
+
+        return self._each(applied)
 
     def with_profile(self, name: str) -> "Experiment":
         """The same rows at the size of a profile.
 
-        What the rows vary, and what a row sets apart from `Run()`, stays: that is what the experiment asks about.
+        What the rows vary, and what a row sets apart from `Run()`, stays: that is what the experiment asks about. What
+        a profile says of a source of proposals is for experiments that have it among their rows.
         The paper's numbers stay too; whoever compares with them has to look at the profile.
         """
-        profile, varied, usual = profile_named(name), set(self.varied()), flatten(Run())
+        varied, usual = set(self.varied()), flatten(Run())
+        sources = {f"sources.{row.run.target.source}" for row in self.rows}
+        profile = {
+            key: value
+            for key, value in profile_named(name).items()
+            if not key.startswith("sources.") or key.rpartition(".")[0] in sources
+        }
 
         def sized(run: Run) -> Any:
             flat = flatten(run)
@@ -173,6 +191,7 @@ def four(grabcut: Pair, berkeley: Pair, sbd: Pair, davis: Pair) -> dict[str, flo
 # The smallest model at one attention window, with nothing to download.
 _WITHOUT_WEIGHTS = {
     "features.extractor": "color_texture",
+    "sources.tokencut.tau": "0.9",  # these features are all alike at the published 0.2
     "model.variant": "vit_xt",
     "model.init": "random",
     "model.image_size": "224",

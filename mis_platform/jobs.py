@@ -142,7 +142,7 @@ def _score(
     for benchmark, stage in zip(benchmarks, stages, strict=True):
         clicks = finish(stage, root)
         score = report.read_score(clicks, name)
-        tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+        log_benchmarks(tracker, [benchmark])
         _log_score(tracker, score, clicks)
         for rank, figure in enumerate(draw_objects(benchmark, replay(benchmark), clicks, pictures)):
             tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
@@ -167,7 +167,7 @@ def score_proposals(
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
-            tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
+            log_benchmarks(tracker, [benchmark])
         overlaps.append((run.target.source, benchmark.name, about))
     return report.overlap_table(overlaps)
 
@@ -233,6 +233,12 @@ def record(
         parent=parent,
         wait=wait,
     )
+
+
+def log_benchmarks(tracker: tracking.Tracker, benchmarks: Sequence[Dataset]) -> None:
+    """What a run was scored on, as its inputs."""
+    for benchmark in benchmarks:
+        tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
 
 
 def _labelled(benchmarks: Sequence[Dataset]) -> Sequence[Dataset]:

@@ -16,7 +16,7 @@ from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import robot_settings
-from mis_platform.model.features import weights_digest
+from mis_platform.model.features import features_identity
 from mis_platform.model.weights import WEIGHTS_FILE, fetch_mae
 from mis_platform.stages import evaluate, initial, precompute, train
 from mis_platform.stages.products import SourceProposals
@@ -37,11 +37,10 @@ def benchmark(spec: str, data_root: Path | None, untrusted: bool = False) -> Dat
 
 def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
     """Merge trees of all photos of `dataset` (paper section 3.1, bottom-up merging)."""
-    features = plain(run.features) | {"weights": weights_digest(run.features)}
     return Stage(
         name="trees",
         version=precompute.VERSION,
-        config={"dataset": dataset.digest(), "data": plain(run.data), "features": features},
+        config={"dataset": dataset.digest(), "data": plain(run.data), "features": features_identity(run.features)},
         run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out),
     )
 
@@ -49,14 +48,13 @@ def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
 def proposals_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
     """Proposals of run.target.source (TokenCut, DSM, FreeMask) for all photos of `dataset`, from the same features."""
     product = SourceProposals(run.target.source, run.sources)
-    features = plain(run.features) | {"weights": weights_digest(run.features)}
     return Stage(
         name=product.name,
         version=precompute.VERSION,
         config={
             "dataset": dataset.digest(),
             "data": plain(run.data),
-            "features": features,
+            "features": features_identity(run.features),
             "source": product.source,
             "settings": source_settings(product.source, run.sources),
         },

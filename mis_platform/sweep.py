@@ -6,18 +6,21 @@ need (trees, a pretraining) is made before the fan-out. Only this process writes
 sweep, one child for each row, found again by their fingerprints.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
 from mis_platform.artifacts import Stage, ensure, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, compare, render
-from mis_platform.config import TRAINED, Resources, Run, fingerprint, plain, with_values
+from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
 from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
@@ -48,12 +51,15 @@ SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # setti
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
+Wheels = Callable[[], synthetic.Material]  # makes them where they are missing
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_ORPHANS = 5.0
 PICTURES = 2  # objects drawn for each row and benchmark
 LAST_REPORT = "report.json"
 REPORTS = {"report.txt": "text", "report.md": "markdown", "report.html": "html", LAST_REPORT: "json"}  # in this order
 CURVES = ("loss", "loss_mask", "loss_smooth", "iou", "gradient_norm", "learning_rate", "images_per_second")
+
+logger = logging.getLogger(__name__)
 
 
 # -- what is to be done ----------------------------------------------------------------------------------------------
@@ -85,10 +91,17 @@ class Sweep:
     @functools.cached_property
     def parent(self) -> str:
         """The fingerprint of the MLflow run above the rows: one for each data set and settings, whatever part of the
-        experiment is run and how often, because a row can lie under one run only."""
-        photos = {task.photos.digest() for task in self.tasks if task.photos is not None}
-        scored = {each.digest(masks=True) for task in self.tasks for each in task.benchmarks}
-        data = [sorted(photos), sorted(scored)]
+        experiment is run and how often, because a row can lie under one run only.
+
+        Of the data, that which every row of the whole experiment reads is part of it. Rows of classical methods run
+        while the training photos are not there yet, and must not move when they are. Needs a row that can start.
+        """
+        task, rows = self.tasks[0], [row for row in self.whole.rows if not row.quoted]
+        scored = set.intersection(*(set(row.run.eval_datasets) for row in rows))
+        benchmarks = zip(task.row.run.eval_datasets, task.benchmarks, strict=True)
+        shared = {dataset.digest(masks=True) for spec, dataset in benchmarks if spec in scored}
+        is_shared = task.photos is not None and len({_photos_of(row, self.experiment.measure) for row in rows}) == 1
+        data = [[task.photos.digest()] if task.photos is not None and is_shared else [], sorted(shared)]
         return fingerprint({"sweep": self.name, "profile": self.profile, "rows": _plain_rows(self.whole), "data": data})
 
     @property
@@ -98,7 +111,10 @@ class Sweep:
         return " ".join([self.profile, *(["with", ", ".join(other)] if other else [])])
 
     def work(self) -> str:
-        """One line on what is left: trainings, those that several rows share once, and their images."""
+        """One line on what is left: rows that cannot start, trainings and their images, rows without their scores.
+
+        A training that several rows share counts once.
+        """
         left: dict[str, Task] = {}
         for task in [*self.tasks, *(_as_pretraining(task) for task in self.tasks if task.row.pretraining)]:
             if task.is_trained:
@@ -106,7 +122,15 @@ class Sweep:
                 if not training.is_done(self.root):
                     left.setdefault(training.fingerprint, task)
         images = sum(_images(task) for task in left.values())
-        return f"work left: {len(left)} training(s), about {images} images to train on"
+        unscored = {task.row.name for task in self.tasks if not task.is_done(self.root, self.resources)}
+        parts = [f"{len(left)} training(s), about {images} images to train on"] if left else []
+        parts += [f"{len(unscored)} row(s) to score"] if unscored else []
+        text = f"work left: {', '.join(parts) or 'nothing'}"
+        refused = len({name for name, _ in self.refused})
+        if not refused:
+            return text
+        rest = f"of the others, {text}" if self.tasks else "no row can start"
+        return f"{refused} row(s) refused, for the reasons above; {rest}"
 
     @property
     def directory(self) -> Storage:
@@ -123,18 +147,21 @@ def prepare(
     assignments: Sequence[str] = (),
     only: Sequence[str] = (),
     seeds: int = 1,
+    writes: bool = True,
 ) -> Sweep:
     """The sweep that these words name. A row that cannot start (weights or data missing) is refused, with its reason.
 
+    writes: whether photos that a profile makes may be left below the root; a sweep that is to run needs them there.
     Raises ValueError for unknown names and settings.
     """
     whole = load_experiment(name).with_profile(profile).with_settings(assignments)
     experiment = whole.select(only)
+    wheels = functools.partial(_wheels, root, writes)
     tasks, refused = [], {}
     for row in experiment.rows:
         for seed in range(row.seeds(seeds)):
             try:
-                task = _task(row, seed, experiment.measure, root, data_root, resources.untrusted)
+                task = _task(row, seed, experiment.measure, wheels, data_root, resources.untrusted)
                 task.fingerprint(resources)  # missing weights and masks show here
                 tasks.append(task)
             except ValueError as error:
@@ -146,13 +173,20 @@ def _plain_rows(experiment: Experiment) -> list[Any]:
     return [[row.name, plain(row.run), row.pretraining and plain(row.pretraining)] for row in experiment.rows]
 
 
+def _photos_of(row: Row, measure: tuple[str, ...]) -> tuple[str, bool] | None:
+    """Which photos a row is trained on, by name and whether with their labels; None for a row without training."""
+    is_trained = "clicks" in measure and row.run.method == TRAINED
+    return (row.run.dataset, row.run.target.source == "labels") if is_trained else None
+
+
 def _task(
-    row: Row, seed: int, measure: tuple[str, ...], root: Storage, data_root: Path | None, untrusted: bool
+    row: Row, seed: int, measure: tuple[str, ...], wheels: Wheels, data_root: Path | None, untrusted: bool
 ) -> Task:  # fmt: skip
     row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
-    is_trained = "clicks" in measure and row.run.method == TRAINED
-    photos = pipeline.open_dataset(_photos_spec(row.run, root), data_root, "train", untrusted) if is_trained else None
-    specs = [_benchmark_spec(spec, root, data_root) for spec in row.run.eval_datasets]
+    photos = None
+    if _photos_of(row, measure) is not None:
+        photos = pipeline.open_dataset(_photos_spec(row.run, wheels), data_root, "train", untrusted)
+    specs = [_benchmark_spec(spec, wheels, data_root) for spec in row.run.eval_datasets]
     return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs), measure)
 
 
@@ -164,24 +198,34 @@ def _absolute(run: Run) -> Run:
     return found
 
 
-def _photos_spec(run: Run, root: Storage) -> str:
+def _photos_spec(run: Run, wheels: Wheels) -> str:
     """The training photos; what a profile calls "wheels" is a folder below the root, with masks if labels are asked."""
     if run.dataset != WHEEL_PHOTOS:
         return run.dataset
-    material = _wheels(root)
+    material = wheels()
     return f"folder:{material.labelled if run.target.source == 'labels' else material.photos}"
 
 
-def _benchmark_spec(spec: str, root: Storage, data_root: Path | None) -> str:
+def _benchmark_spec(spec: str, wheels: Wheels, data_root: Path | None) -> str:
     """The benchmark; "synthetic" is made below the root unless the data root has one."""
     is_there = data_root is not None and (data_root / spec / "images").is_dir()
-    return spec if spec != WHEEL_BENCHMARK or is_there else f"synthetic:{_wheels(root).benchmark}"
+    return spec if spec != WHEEL_BENCHMARK or is_there else f"synthetic:{wheels().benchmark}"
 
 
-def _wheels(root: Storage) -> synthetic.Material:
+def _wheels(root: Storage, writes: bool) -> synthetic.Material:
+    """Photos and benchmark of the smoke profile; those of a root without them that is only looked at go with us."""
     if root.local is None:
         raise ValueError(f"the smoke profile makes its photos below a local root; {root} is none")
-    return synthetic.write_material(root.local / "wheels", objects=WHEEL_OBJECTS)
+    folder = root.local / "wheels"
+    is_ours = writes or folder.is_dir()
+    return synthetic.write_material(folder if is_ours else _folder_until_exit(), objects=WHEEL_OBJECTS)
+
+
+@functools.cache
+def _folder_until_exit() -> Path:
+    folder = tempfile.mkdtemp(prefix="mis-wheels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _images(task: Task) -> int:
@@ -203,8 +247,9 @@ def run_sweep(sweep: Sweep) -> Comparison:
     """
     resources, root = sweep.resources, sweep.root
     missing = [task for task in sweep.tasks if not task.is_done(root, resources)]
-    failures = {f"{name}/{seed}": reason for (name, seed), reason in sweep.refused.items()}
-    with _parent(sweep) as parent:
+    failures: dict[str, str] = {}
+    # A sweep of which no row can start has nothing to record, and does not know yet under which data.
+    with _parent(sweep) if sweep.tasks else contextlib.nullcontext() as parent:
         if missing:
             with cluster.cluster(root):
                 failed = _finish(sweep, missing)
@@ -222,7 +267,8 @@ def run_sweep(sweep: Sweep) -> Comparison:
                 )
         comparison, found = compare_rows(sweep)
         _record_report(sweep, comparison, found, parent)
-        _register_best(sweep, comparison, parent)
+        if parent is not None:
+            _register_best(sweep, comparison, parent)
     return comparison
 
 
@@ -314,9 +360,7 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
         )
         try:
             fit = cluster.in_background(tuner.fit)
-            while wait([fit], timeout=SECONDS_BETWEEN_ORPHANS).not_done:
-                if recorder.has_failures:  # of a trial that was given up, the next one needs the CPUs
-                    cluster.remove_orphans()
+            _wait_for(fit, recorder)
             results = fit.result()
         except BaseException as cause:  # Ctrl-C or SIGTERM: the trainings write a last checkpoint
             recorder.close()
@@ -328,6 +372,23 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
             reason = reason_of(result.error)
             failures |= {_key(task): reason for task in groups[result.config["group"]]}
     return failures
+
+
+def _wait_for(fit: "Future[Any]", recorder: "_Recorder") -> None:
+    """Until Tune has ended. Meanwhile what a failed trial leaves reserved is given back: the next one needs the CPUs.
+
+    That it cannot be given back is told once and ends nothing: trials that need less than is left still finish.
+    """
+    is_told = False
+    while wait([fit], timeout=SECONDS_BETWEEN_ORPHANS).not_done:
+        try:
+            if recorder.has_failures:
+                cluster.remove_orphans()
+        except Exception as error:
+            if not is_told:
+                reason = reason_of(error)
+                logger.warning("what a failed trial reserved cannot be given back, others may wait: %s", reason)
+            is_told = True
 
 
 def _stop_trials(bell: Any, seconds: float) -> None:
@@ -462,6 +523,8 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
         jobs.evaluate_method(task.benchmarks, run, resources, root, sweep.name, task.name, PICTURES, parent)
     with _scores_run(sweep, task) as tracker:
         tracker.set_tags(about)
+        if "clicks" not in task.measure:  # else the evaluation has said so
+            jobs.log_benchmarks(tracker, task.benchmarks)
         tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
     sweep.directory.write_bytes(marker, b"")
@@ -475,7 +538,7 @@ def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
         experiment=sweep.name,
         name=task.name,
         fingerprint=task.fingerprint(sweep.resources),
-        params={"features.extractor": task.run.features.extractor},
+        params=flatten(task.run) | flatten(sweep.resources, "resources."),
         parent=sweep.parent,
     )
 
@@ -490,20 +553,22 @@ def _overlap_metrics(sweep: Sweep, task: Task) -> dict[str, float]:
 
 
 def _record_report(
-    sweep: Sweep, comparison: Comparison, found: Sequence[Outcome], parent: tracking.Tracker
+    sweep: Sweep, comparison: Comparison, found: Sequence[Outcome], parent: tracking.Tracker | None
 ) -> None:  # fmt: skip
-    """The report and its figures, as files in the sweep's directory and as artifacts of the parent run."""
+    """The report and its figures, as files in the sweep's directory and as artifacts of the parent run, if any."""
     texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
     if sweep.directory.exists(LAST_REPORT) and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
         return  # nothing is new: a second run draws nothing again
     try:
         for name, figure in draw(sweep, comparison, found).items():
             sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))
-            parent.log_figure(figure, f"figures/{name}")
+            if parent is not None:
+                parent.log_figure(figure, f"figures/{name}")
     except Exception as error:  # the numbers do not depend on a photo that cannot be drawn
         print(f"sweep: the report has no more figures: {reason_of(error)}", file=sys.stderr)
     for name, text in texts.items():
-        parent.log_text(text, name)
+        if parent is not None:
+            parent.log_text(text, name)
         sweep.directory.write_bytes(name, text.encode())
 
 
@@ -517,12 +582,18 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
         return
     best = min(known, key=lambda cell: cell.mean if cell.mean is not None else float("inf"))
     done = (task for task in sweep.tasks if task.is_done(sweep.root, sweep.resources))
-    task = next(task for task in done if task.row.name == best.row)
+    _register(sweep, next(task for task in done if task.row.name == best.row), parent)
+
+
+def _register(sweep: Sweep, task: Task, parent: tracking.Tracker) -> None:
+    """From a local root only: MLflow uploads a model from files, perhaps after this process has ended."""
     model = task.training(sweep.resources).directory(sweep.root)
-    if model.local is not None:
-        licence = licence_of(parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}"))
-        side = task.run.model.image_size
-        parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
+    if model.local is None:
+        print(f"sweep: the best model is not registered in MLflow, which takes local files: {model}", file=sys.stderr)
+        return
+    licence = licence_of(parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}"))
+    side = task.run.model.image_size
+    parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
 
 
 def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:
@@ -549,8 +620,10 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
             continue
         for seed in range(row.seeds(sweep.seeds)):
             task = by_key.get((row.name, seed))
-            reason = sweep.refused.get((row.name, seed)) or failures.get(f"{row.name}/{seed}", "")
-            if task is not None and task.is_done(sweep.root, sweep.resources):
+            reason = failures.get(f"{row.name}/{seed}", "")
+            if task is None:
+                found.append(Outcome(row, seed, "refused", sweep.refused[row.name, seed], {}, {}, {}))
+            elif task.is_done(sweep.root, sweep.resources):
                 found.append(_outcome(sweep, task))
             else:
                 found.append(Outcome(row, seed, "failed" if reason else "missing", reason, {}, {}, {}))

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 FINGERPRINT, MODEL, ERROR = "mis.fingerprint", "mis.model", "mis.error"
+COMMIT = "mlflow.source.git.commit"  # of the code that began the run
+LATEST = "latest."  # what differs since: of a parameter, or of the commit that opened the run again
 PARENT = "mlflow.parentRunId"  # the UI shows runs with this tag below their parent
 ATTEMPT, OPENED = "mis.attempt", "mis.opened"  # how often the run was opened, and when last (milliseconds)
 DIGEST = "mis.sha256"  # of a registered model's weights
@@ -201,7 +203,8 @@ def open_run(
 
     parent: fingerprint of the run of the same experiment under which it is shown: a sweep, for one of its rows.
     params: dotted name -> value, e.g. from `config.flatten`. A run that is opened again keeps the parameters it has,
-    since MLflow forbids changing them; one that differs now (only Resources may) becomes the tag `latest.<name>`.
+    since MLflow forbids changing them; one that differs now (only Resources may) becomes the tag `latest.<name>`. So
+    does the commit: an evaluation years later must not pass for the code that trained.
     wait: for the store to open it; False where waiting for a slow one would hold something up.
     Raises ValueError when the store refuses (unknown kind, no access); when it does not answer, the run starts without.
     """
@@ -209,7 +212,7 @@ def open_run(
     shelf = (root.local or Path.home() / ".cache" / "mis_platform") / "mlflow-spool"
     about = {FINGERPRINT: fingerprint, "mlflow.source.name": "mis", **(tags or {})}
     if (commit := git_commit()) is not None:
-        about["mlflow.source.git.commit"] = commit
+        about[COMMIT] = commit
     opening = {
         "experiment": experiment,
         "name": name,
@@ -641,7 +644,10 @@ class _Sender:
         before = run.data.params
         new = {key: value for key, value in opening["params"].items() if key not in before}
         changed = {key: value for key, value in opening["params"].items() if before.get(key, value) != value}
-        tags = {**opening["tags"], **{f"latest.{key}": value for key, value in changed.items()}}
+        tags = {**opening["tags"], **{LATEST + key: value for key, value in changed.items()}}
+        first = run.data.tags.get(COMMIT, tags.get(COMMIT))
+        if COMMIT in tags and (tags[COMMIT] != first or LATEST + COMMIT in run.data.tags):
+            tags |= {COMMIT: first, LATEST + COMMIT: tags[COMMIT]}
         tags[OPENED] = str(opening["opened"])
         tags[ATTEMPT] = str(int(run.data.tags.get(ATTEMPT, 0)) + (run.data.tags.get(OPENED) != tags[OPENED]))
         for batch in _batches(list(new.items()), PARAMS_IN_BATCH):

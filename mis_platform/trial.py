@@ -89,8 +89,13 @@ class Task:
 
 
 def seeded(run: Run, seed: int) -> Run:
-    """`run` with its training seed moved on by `seed`; 0 leaves it as it is."""
-    changed: Run = override(run, [f"train.seed={run.train.seed + seed}"]) if seed else run
+    """`run` with its training seed moved on by `seed`, and which images have labels if that is drawn; 0 leaves it."""
+    if not seed:
+        return run
+    moved = [f"train.seed={run.train.seed + seed}"]
+    if run.target.subset == "random":
+        moved.append(f"target.subset_seed={run.target.subset_seed + seed}")
+    changed: Run = override(run, moved)
     return changed
 
 

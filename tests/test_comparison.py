@@ -265,6 +265,17 @@ def test_every_row_stays_with_its_state() -> None:
     assert "Not run here: Other*. Quoted from paper, Table 1." in text
 
 
+def test_a_row_whose_weights_are_missing_has_not_failed() -> None:
+    outcomes = [Outcome(FLAT, seed, "refused", "no weights") for seed in (0, 1)]
+    comparison = compare(EXPERIMENT, "paper", outcomes, {})
+    assert state_of(comparison, "alpha=0") == ("refused", "no weights")
+    text = render(comparison, "text")
+    assert ["alpha=0", "refused", "3.50"] in [line.split() for line in text.splitlines()]
+    assert "alpha=0: refused: no weights\n" in text
+    mixed = compare(EXPERIMENT, "paper", [outcomes[0], Outcome(FLAT, 1, "failed", "no memory")], {})
+    assert state_of(mixed, "alpha=0") == ("failed", "no weights; no memory")
+
+
 def test_a_failed_seed_does_not_hide_the_others() -> None:
     outcomes = [done(ALPHA, 3, 3), Outcome(ALPHA, 1, "failed", "out of memory")]
     comparison = compare(EXPERIMENT, "paper", outcomes, {})

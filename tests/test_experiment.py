@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mis_platform import experiment
+from mis_platform import cli, experiment
 from mis_platform.config import Run, flatten, override
 from mis_platform.experiment import (
     PROFILES,
@@ -98,6 +99,20 @@ def test_the_papers_numbers(name: str, row: str, metric: str, clicks: float) -> 
     assert load(name).row(row).paper[metric] == clicks
 
 
+def test_a_quoted_row_says_what_would_run_it() -> None:
+    """As a command line that is read as ours, or that there is none."""
+    commands = {}
+    for row in load("table1").rows:
+        if row.quoted:
+            commands[row.name] = re.findall(r"mis ((?:import|eval) [^&]+)", row.quoted)
+            assert bool(commands[row.name]) != ("no command" in row.quoted), row.name
+            for command in commands[row.name]:
+                cli._check_command(command.split())
+    assert [name for name, found in commands.items() if not found] == [
+        *("DIOS w/o GC", "DIOS w/ GC", "IA+SA", "PseudoClick")
+    ]
+
+
 @pytest.mark.parametrize("metric", ["berkeley/noc85", "sbd/noc85", "sbd/noc90", "davis/noc90"])
 def test_what_the_paper_does_not_report_has_no_number(metric: str) -> None:
     assert metric not in load("table1").row("IA+SA").paper
@@ -111,7 +126,9 @@ def test_the_default_row_of_the_tables_is_one_training() -> None:
 
 def test_labels_are_compared_from_both_starts() -> None:
     experiment = load("table2_label_fraction")
-    assert [row.run.target.fraction for row in experiment.rows] == [0.01, 0.01, 0.05, 0.05, 0.10, 0.10]
+    assert [row.run.target.fraction for row in experiment.rows] == [0.01, 0.01, 0.05, 0.05, 0.10, 0.10] * 2
+    assert [row.run.target.subset for row in experiment.rows] == ["first"] * 6 + ["random"] * 6
+    assert [bool(row.paper) for row in experiment.rows] == [True] * 6 + [False] * 6
     for scratch, tuned in zip(experiment.rows[::2], experiment.rows[1::2]):
         assert scratch.run == tuned.run
         assert scratch.run.target.source == "labels"
@@ -122,11 +139,34 @@ def test_labels_are_compared_from_both_starts() -> None:
         assert experiment.reference(tuned) == scratch
 
 
+def test_which_labels_is_no_setting_of_the_pretraining() -> None:
+    """It learns from the trees of all photos, which refuse a share of labels."""
+    table = load("table2_label_fraction")
+    first = dataclasses.replace(table, rows=table.rows[:2], default="")
+    drawn = first.with_settings(["target.subset=random", "target.subset_seed=3", "train.seed=4"]).rows[1]
+    assert (drawn.run.target.subset, drawn.run.target.subset_seed, drawn.run.train.seed) == ("random", 3, 4)
+    assert drawn.pretraining == override(Run(), ["train.seed=4"])
+    with pytest.raises(ValueError, match=r"target\.subset: that is what the rows differ in"):
+        table.with_settings(["target.subset=random"])
+    alphas = load("ablation_alpha").with_settings(["target.source=dsm"])
+    assert {row.run.target.source for row in alphas.rows} == {"dsm"}, "without labels it is a setting of every run"
+    with pytest.raises(ValueError, match=r"need target\.source=labels"):
+        load("ablation_alpha").with_settings(["target.subset=random"])
+
+
 def test_a_profile_changes_the_pretraining_but_not_what_the_row_sets() -> None:
     row = load("table2_label_fraction").with_profile("small").rows[1]
     assert row.pretraining is not None
     assert (row.run.train.smooth_weight, row.pretraining.train.smooth_weight) == (0, 1)
     assert (row.run.train.epochs, row.pretraining.train.epochs) == (24, 24)
+
+
+@pytest.mark.parametrize(("profile", "tau"), [("paper", 0.2), ("small", 0.9), ("smoke", 0.9)])
+def test_tokencut_suits_the_features_of_the_profile(profile: str, tau: float) -> None:
+    for name, row in (("table1", "TokenCut*"), ("figure5", "TokenCut")):
+        assert load(name).with_profile(profile).row(row).run.sources.tokencut.tau == tau
+    other = load("ablation_alpha").with_profile(profile).rows[0].run
+    assert other.sources == Run().sources, "an experiment without TokenCut keeps its identity"
 
 
 def test_listing_imports_nothing(tmp_path: Path) -> None:

@@ -58,6 +58,22 @@ def test_what_decides_a_training_on_labels(labelled: Dataset, assignment: str, m
     assert (one.fingerprint != other.fingerprint) == matters
 
 
+@pytest.mark.parametrize("source", ["tree", "tokencut"])
+def test_settings_that_features_ignore_do_not_decide(labelled: Dataset, source: str, tmp_path: Path) -> None:
+    """A row of such a setting alone shares trees and training; at the defaults the address is what it was."""
+    usual = checkpoint(labelled, f"target.source={source}")
+    ignored = ["position_resize=bilinear", "layer=last_block", "precision=bf16", "batch_size=4"]
+    for name in ignored:
+        assert checkpoint(labelled, f"target.source={source}", f"features.{name}").fingerprint == usual.fingerprint
+    (target,) = usual.inputs.values()
+    defaults = {"position_resize": "bicubic", "layer": "final_norm", "precision": "fp32"}
+    assert target.config["features"] == {"extractor": "color_texture", "weights": "none", **defaults}
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    network = [f"target.source={source}", "features.extractor=dino_vits8", f"features.weights={tmp_path}/weights.pth"]
+    prints = {checkpoint(labelled, *network, *map("features.{}".format, given)).fingerprint for given in ([], ignored)}
+    assert len(prints | {usual.fingerprint}) == 3
+
+
 def test_labels_need_no_trees_and_masks_decide(labelled: Dataset) -> None:
     half = (*LABELS, "target.fraction=0.5")
     whole_before, half_before = checkpoint(labelled, *LABELS), checkpoint(labelled, *half)

@@ -1,5 +1,6 @@
 """Sweeps on a real Ray cluster and a real MLflow store: shared work, failures, going on after kills."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import ray
 
 from mis_platform import cli, sweep, trial
-from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run
+from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.experiment import list_experiments
@@ -117,6 +119,67 @@ def test_other_photos_are_another_sweep(experiments: Path, tmp_path: Path) -> No
     assert prints[0][1] != prints[1][1]
 
 
+MIXED = """
+'''Does it work?'''
+from mis_platform.config import Run
+from mis_platform.experiment import SUPERVISED, Experiment, Row, changed
+
+COLOR = changed(Run(), **{"features.extractor": "color_texture"})
+EXPERIMENT = Experiment(
+    question=__doc__,
+    source="Table 0",
+    measure=MEASURE,
+    rows=(
+        Row("classical", changed(COLOR, method="graphcut")),
+        Row("network", Run()),
+        Row("trained", COLOR),
+        Row("supervised", changed(COLOR, **SUPERVISED)),
+        Row("elsewhere", Run(), quoted="paper, Table 0"),
+    ),
+)
+"""
+
+
+@pytest.mark.parametrize("measure", [("clicks",), ("overlap", "clicks")])
+def test_whatever_is_run_first_lies_under_one_parent(
+    experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: tuple[str, ...]
+) -> None:
+    """Parts of an experiment, and rows that cannot start yet: without weights, without photos, without labels."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", repr(measure)))
+    words = {"assignments": [*SHORT, "dataset=photos"], "data_root": tmp_path / "data"}
+    before = prepare(tmp_path, **words)
+    assert [task.name for task in before.tasks] == ["classical"], "there are no photos yet"
+    synthetic.write_photos(tmp_path / "data" / "photos", 2)
+    whole = prepare(tmp_path, **words)
+    found = ["classical", "trained"]
+    assert [task.name for task in whole.tasks] == found, "there are neither weights nor labels"
+    parts = [prepare(tmp_path, only=[name], **words) for name in found]
+    assert {each.parent for each in (before, *parts)} == {whole.parent}
+
+
+def test_overlaps_lie_under_one_parent_too(experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = MIXED.replace("MEASURE", "('overlap',)").replace("**SUPERVISED", '**{"target.source": "dsm"}')
+    (experiments / "tiny.py").write_text(text)
+    assert set(prepare(tmp_path).refused) == {("network", 0)}
+    parts = [prepare(tmp_path, only=[name]) for name in ("trained", "supervised")]
+    assert {each.parent for each in parts} == {prepare(tmp_path).parent}
+
+
+def test_a_sweep_of_which_no_row_can_start_leaves_no_run(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its parent would be another than the one that its rows get when their photos are there."""
+    prepared = prepare(tmp_path, assignments=[*SHORT, "dataset=photos"], data_root=tmp_path / "data")
+    comparison = sweep.run_sweep(prepared)
+    refused = [line for line in comparison.lines if line.state == "refused"]
+    assert [line.name for line in refused] == ["good", "twin", "diverges"]
+    assert all("photos" in line.reason for line in refused)
+    assert (Path(str(prepared.directory.local)) / "report.json").is_file()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_weights_are_found_from_a_trials_own_directory(
     experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,11 +204,50 @@ def test_seeds_leave_the_first_as_it_is() -> None:
     assert trial.seeded(Run(), 2).train.seed == 2
 
 
+def test_seeds_draw_other_labels_where_labels_are_drawn() -> None:
+    words = ["target.source=labels", "target.fraction=0.5"]
+    drawn = trial.seeded(override(Run(), [*words, "target.subset=random"]), 2)
+    assert (drawn.train.seed, drawn.target.subset_seed) == (2, 2)
+    assert trial.seeded(override(Run(), words), 2).target.subset_seed == 0
+
+
 def test_reasons_are_one_line_of_the_innermost_cause() -> None:
     outer = RuntimeError("task failed")
     outer.__cause__ = ValueError("the photo is gone\nfor ever")
     assert sweep.reason_of(outer) == "the photo is gone"
     assert sweep.reason_of(MemoryError()) == "MemoryError"
+
+
+def test_cpus_that_cannot_be_given_back_end_no_sweep(
+    experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's tables of reservations are no public interface: they may look different one day."""
+    asked = []
+
+    def fail() -> int:
+        asked.append(time.monotonic())
+        if len(asked) == 3:
+            fit.set_result(None)
+        raise AttributeError("no creator_actor_dead")
+
+    fit: Future[None] = Future()
+    monkeypatch.setattr(sweep.cluster, "remove_orphans", fail)
+    monkeypatch.setattr(sweep, "SECONDS_BETWEEN_ORPHANS", 0.01)
+    recorder = sweep._Recorder(prepare(tmp_path), [])
+    recorder.has_failures = True
+    sweep._wait_for(fit, recorder)
+    assert len(asked) == 3
+    (warning,) = caplog.messages
+    assert "AttributeError: no creator_actor_dead" in warning
+
+
+def test_a_model_on_an_object_store_is_not_registered_and_says_so(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = dataclasses.replace(prepare(tmp_path), root=Storage("s3://bucket/mis"))
+    sweep._register(there, there.tasks[0], None)  # type: ignore[arg-type]
+    assert "is not registered in MLflow" in (line := capsys.readouterr().err)
+    assert "s3://bucket/mis/checkpoint/" in line
 
 
 @pytest.mark.ray
@@ -182,6 +284,26 @@ def test_a_sweep_with_a_failing_row(
     assert len(list((tmp_path / "checkpoint").glob("*"))) == before
 
 
+@pytest.mark.ray
+def test_a_row_of_overlaps_is_recorded_like_any_other(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+    synthetic.write_benchmark(tmp_path / "objects", 2)
+    (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", "('overlap',)"))
+    words = [*SHORT, f'eval_datasets=["synthetic:{tmp_path}/objects"]']
+    comparison = sweep.run_sweep(prepare(tmp_path, only=["trained"], assignments=words))
+    assert comparison.lines[0].state == "done", comparison.lines
+    database = tmp_path / "mlflow.db"
+    row = "join tags t on t.run_uuid = p.run_uuid and t.key = 'mlflow.parentRunId'"
+    params = dict(rows_of(database, f"select p.key, p.value from params p {row}"))
+    assert params.keys() == flatten(Run()).keys() | flatten(Resources(), "resources.").keys()
+    assert (params["features.extractor"], params["sampling.alpha"]) == ("color_texture", "0.9")
+    metrics = dict(rows_of(database, f"select p.key, p.value from metrics p {row}"))
+    assert metrics.keys() == {"synthetic/mean_best_overlap"}
+    assert rows_of(database, "select name, length(digest) from datasets") == [("synthetic", 36)]
+    read = "select g.value from input_tags g join inputs i using (input_uuid) join tags t on t.run_uuid = "
+    read += "i.destination_id and t.key = 'mlflow.parentRunId'"
+    assert rows_of(database, read) == [("evaluation",)]
+
+
 def test_rows_whose_pretraining_failed_do_not_start(
     experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,18 +321,59 @@ def test_rows_whose_pretraining_failed_do_not_start(
     assert failures == {"twin/0": "pretraining: no memory"}
 
 
+@pytest.mark.parametrize("words", [("run", "sweep", "tiny", "--dry-run"), ("show", "tiny")])
 def test_what_a_sweep_would_do(
-    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    experiments: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
 ) -> None:
-    words = ["run", "sweep", "tiny", "--profile", "smoke", "--root", str(tmp_path), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", ["mis", *words])
+    """Nothing is written, although the smoke profile makes its photos."""
+    root = tmp_path / "root"
+    monkeypatch.setattr(sys, "argv", ["mis", *words, "--profile", "smoke", "--root", str(root)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
+    assert not root.exists()
     text = capsys.readouterr().out
-    for words in ("Does it work?", "quoted", "train.learning_rate=1e+30"):
+    for words in (
+        "Does it work?",
+        "quoted",
+        "train.learning_rate=1e+30",
+        "work left: 2 training(s)",
+        "3 row(s) to score",
+    ):
         assert words in text
-    assert not (tmp_path / "mlflow.db").exists()
+    for words in ("profile smoke:", "batch_size=2 (default 32)", "extractor=color_texture (default dino_vits8)"):
+        assert text.count(words) == 1, "once for all rows"
+    assert " learning_rate=5e-05" not in text, "that is what they differ in"
+    prepared = prepare(tmp_path, assignments=[])
+    rows = [line.split()[:3] for line in text.splitlines()]
+    for task in prepared.tasks:
+        assert ["missing", task.name, task.fingerprint(prepared.resources)] in rows
+
+
+def test_a_report_of_nothing_writes_nothing(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    monkeypatch.setattr(sys, "argv", ["mis", "report", "tiny", "--profile", "smoke", "--root", str(root)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert "good: not run yet" in capsys.readouterr().out
+    assert not root.exists()
+
+
+def test_rows_that_cannot_start_are_no_finished_work(experiments: Path, tmp_path: Path) -> None:
+    (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", "('clicks',)"))
+    words = {"assignments": [*SHORT, "dataset=photos"], "data_root": tmp_path / "data"}
+    assert prepare(tmp_path, **words).work() == (
+        "3 row(s) refused, for the reasons above; of the others, work left: 1 row(s) to score"
+    )
+    nothing = prepare(tmp_path, only=["trained"], **words).work()
+    assert nothing == "1 row(s) refused, for the reasons above; no row can start"
 
 
 def test_a_root_that_cannot_be_written_is_told_in_one_line(
@@ -314,7 +477,7 @@ def test_every_experiment_runs_at_smoke(
     comparison = sweep.run_sweep(prepared)
     rows = {row.name: row for row in prepared.experiment.rows}
     for line in comparison.lines:
-        if line.state == "failed":
+        if line.state == "refused":
             assert rows[line.name].run.features.extractor in NETWORK_EXTRACTORS
             assert "no weights for features.extractor" in line.reason
         else:

@@ -601,6 +601,19 @@ def test_a_row_lies_under_its_sweep_also_when_opened_again(root: Storage) -> Non
         assert tracking.PARENT not in client.get_run(str(sweep.run_id)).data.tags
 
 
+def test_the_commit_that_began_a_run_stays(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring an old model with newer code does not relabel its training."""
+    seen = []
+    for commit in ("aaaa", "aaaa", "bbbb", None, "cccc", "aaaa"):
+        monkeypatch.setattr(tracking, "git_commit", lambda commit=commit: commit)
+        with tracking.open_run(root, **ABOUT):
+            pass
+        tags = the_run(root).data.tags
+        seen.append((tags["mlflow.source.git.commit"], tags.get("latest.mlflow.source.git.commit")))
+    newest = (None, None, "bbbb", "bbbb", "cccc", "aaaa")
+    assert seen == [("aaaa", commit) for commit in newest]
+
+
 def test_an_error_is_forgotten_when_the_next_attempt_begins(root: Storage) -> None:
     with pytest.raises(RuntimeError), tracking.open_run(root, **ABOUT):
         raise RuntimeError("no memory")

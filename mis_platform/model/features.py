@@ -9,11 +9,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mis_platform.config import FeaturesConfig
+from mis_platform.config import FeaturesConfig, plain
 from mis_platform.model import hub
 
 WITHOUT_WEIGHTS = "color_texture"
@@ -195,6 +196,16 @@ def _how_to_get(backbone: Backbone) -> str:
         f"Download {backbone.original} (or {_HUB_FILE} of {backbone.repository}) and give its path with "
         f"--set features.weights=PATH; or use --set features.extractor={WITHOUT_WEIGHTS}, which needs no weights"
     )
+
+
+def features_identity(config: FeaturesConfig) -> dict[str, Any]:
+    """What decides the features of a photo: the settings, with the content of the weights in place of their path.
+
+    The weightless extractor ignores all others, which count as their defaults: rows that differ in them alone share
+    their trees. Raises as `weights_file`.
+    """
+    read = FeaturesConfig(extractor=WITHOUT_WEIGHTS) if config.extractor == WITHOUT_WEIGHTS else config
+    return plain(read) | {"weights": weights_digest(config)}
 
 
 def weights_digest(config: FeaturesConfig) -> str:
