@@ -15,6 +15,7 @@ from mis_platform.errors import DataError
 LARGEST = 256 * 1024  # bytes; the files here have 10 kB
 MOST_NODES = 20_000  # with every alias written out
 DEEPEST = 50  # levels
+LONGEST_TEXT = 4000  # characters of one value: what expressions that search it may take grows with the square
 PREFIX = "tag:yaml.org,2002:"
 PLAIN = {f"{PREFIX}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp")}
 
@@ -99,6 +100,8 @@ def _flaws(root: yaml.Node) -> list[tuple[Path, str, str]]:
             raise _Refused(path[:3], "is nested too deeply", "flatten it")
         if node.tag not in PLAIN:
             raise _Refused(path, f"tag {node.tag.replace(PREFIX, '!!')} is refused", "write the plain value")
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST_TEXT:
+            raise _Refused(path, f"has more than {LONGEST_TEXT} characters", "put it into a file of its own")
         open_nodes.add(id(node))
         total = 1 + sum(size(child, below) for child, below in _children(node, path, duplicates))
         if total > MOST_NODES:
