@@ -15,7 +15,6 @@ half: more of the same changes no rate.
 import argparse
 import heapq
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +24,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from mis_platform.config import DataConfig, FeaturesConfig, Resources
+from mis_platform.stages import cluster, precompute
+from mis_platform.stages.precompute import images_in_a_chunk
+from mis_platform.storage import Storage
 
 NODES = (1, 3, 10, 30, 100, 300, 1000)
 IMAGES = (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
@@ -98,11 +102,6 @@ class Prediction:
     @property
     def binding(self) -> str:
         return max(self.use, key=lambda name: self.use[name])
-
-
-def chunk_images(images: int, base: int = 16, most: int = 128, parts: int = 16_384) -> int:
-    """Photos of a chunk, as in `stages.precompute`: `base`, and up to `most` where there would be many parts."""
-    return max(base, min(most, math.ceil(images / parts)))
 
 
 class Simulation:
@@ -202,7 +201,7 @@ class Simulation:
 
 def predict(costs: Costs, node: Node, store: Store, nodes: int, images: int, chunk: int | None = None) -> Prediction:
     """Time, steady rate, price and the use of each resource."""
-    chunk = chunk or chunk_images(images)
+    chunk = chunk or images_in_a_chunk(images, Resources())
     chunks = max(1, round(images / chunk))
     simulation = Simulation(costs, node, store, nodes, chunk)
     window = min(chunks, max(WINDOW, ROUNDS * nodes * simulation.slots))
@@ -253,10 +252,6 @@ def driver_seconds(chunks: int = 1000) -> float:
 
     An upper bound: the workers, which share the machine, read, merge and write the tiny photo in that time too.
     """
-    from mis_platform.config import DataConfig, FeaturesConfig, Resources
-    from mis_platform.stages import cluster, precompute
-    from mis_platform.storage import Storage
-
     with tempfile.TemporaryDirectory() as folder, cluster.cluster():
         photo = Path(folder, "photo.png")
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(photo)
@@ -275,7 +270,7 @@ def table(costs: Costs, node: Node, store: Store) -> Iterator[str]:
     yield f"{columns}  binds first (use)"
     for images in IMAGES:
         for nodes in NODES:
-            if images / (nodes * node.cores) < chunk_images(images):  # fewer chunks than cores
+            if images / (nodes * node.cores) < images_in_a_chunk(images, Resources()):  # fewer chunks than cores
                 continue
             found = predict(costs, node, store, nodes, images)
             yield (

@@ -136,7 +136,7 @@ def train(
 @app.command(name="eval")
 def evaluate(
     dataset: Annotated[list[str] | None, typer.Option("--dataset", help="A benchmark; repeat for several.")] = None,
-    model: Annotated[str, typer.Option("--model", help="Directory, fingerprint, or latest.")] = "latest",
+    model: Annotated[str, typer.Option("--model", help="Directory, fingerprint, MLflow run, or latest.")] = "latest",
     method: Annotated[
         str | None,
         typer.Option("--method", help="No model: graphcut, random_walk, geodesic, gsc, esc, or module:class."),
@@ -181,7 +181,7 @@ def evaluate(
             return _print_plan([pipeline.method_clicks_stage(each, run, resources) for each in benchmarks], root)
         scores = jobs.evaluate_method(benchmarks, run, resources, _writable(root))
     else:
-        directory = pipeline.find_model(storage, model)
+        directory = jobs.find_model(storage, model)
         typer.echo(f"model: {directory}", err=True)
         run, name = _as_imported(run, directory, assignments)
         if dry_run:

@@ -1,20 +1,17 @@
 """The figures of an experiment, from finished artifacts: each file name with its matplotlib figure."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mis_platform import figures, jobs, pipeline, report
+from mis_platform import figures, jobs, pipeline
 from mis_platform.comparison import Comparison, Outcome
 from mis_platform.config import Resources, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.proposals import ProposalReader
 from mis_platform.data.trees import TreeReader
 from mis_platform.evaluation.noc import keep_last
-from mis_platform.evaluation.predictor import Predictor
-from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from mis_platform.storage import Storage
 
 OBJECTS = 6  # drawn in a sheet of clicks and masks, from the easiest to the hardest
@@ -63,10 +60,7 @@ def objects(
     """Clicks and masks of some objects of each benchmark, from the easiest to the hardest (Figure 7)."""
     drawn = {}
     for benchmark in benchmarks:
-        size = pipeline.zoom_size_of(benchmark, run)
-        with model.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
-            predictor = Predictor.from_pretrained(directory, zoom_size=size, config=run.eval)
-        replay = functools.partial(report.replay, predictor)
+        replay = jobs.replay_of(model, benchmark, run)
         for rank, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks[benchmark.name], count)):
             drawn[f"{benchmark.name}-object-{rank}.png"] = figure
     return drawn

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.util
 import os
+import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,8 +243,9 @@ def experiments_folder() -> Path:
     given = os.environ.get("MIS_EXPERIMENTS")
     if given:
         return Path(given)
-    here = Path.cwd() / "experiments"
-    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "experiments"
+    installed = Path(sysconfig.get_path("data")) / "share" / "mis-platform" / "experiments"
+    places = (Path.cwd() / "experiments", Path(__file__).resolve().parent.parent / "experiments", installed)
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def list_experiments(folder: Path | None = None) -> dict[str, Path]:

@@ -4,8 +4,10 @@ One MLflow run is one model under one click protocol: training fills in the loss
 pictures. The same model and protocol always find the same MLflow run again.
 """
 
+import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,8 @@ from mis_platform.storage import Storage
 EXPERIMENT = "mis"
 TARGETS = (0.80, 0.85, 0.90, 0.95)  # IoU
 PICTURES = 4  # objects drawn for each benchmark: the easiest, the hardest and two between
+
+Replay = Callable[[np.ndarray, list[Click]], list[np.ndarray]]  # photo and clicks -> the mask after each click
 
 
 def train(
@@ -60,6 +64,20 @@ def train(
     return directory
 
 
+def find_model(root: Storage, text: str) -> Storage:
+    """A saved model: as `pipeline.find_model`, or by the id of an MLflow run, or the first digits of its fingerprint.
+
+    Raises DataError that lists the models under `root`.
+    """
+    try:
+        return pipeline.find_model(root, text)
+    except DataError:
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"[0-9a-f]{4,64}", text):
+                return tracking.find_model(root, text)
+        raise
+
+
 def evaluate(
     benchmarks: Sequence[Dataset],
     model: Storage,
@@ -76,21 +94,16 @@ def evaluate(
     run: only its `eval` settings are used; the others are those that the model was trained with. pictures: objects
     drawn for each benchmark. parent: as in `train`.
     """
-    for benchmark in benchmarks:
-        _require_masks(benchmark)
     trained = trained_with(model, run)
     name = name or title(trained)
-    scores = []
+    stages = [pipeline.clicks_stage(each, run, resources, model) for each in _labelled(benchmarks)]
+
+    def replay(benchmark: Dataset) -> Replay:
+        return replay_of(model, benchmark, run)
+
     with record(root, experiment, name, model_fingerprint(model), trained, resources, parent) as tracker:
-        for benchmark in benchmarks:
-            clicks = finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
-            score = report.read_score(clicks, name)
-            log_benchmarks(tracker, [benchmark])
-            _log_score(tracker, score, clicks)
-            _draw_objects(tracker, benchmark, model, run, clicks, pictures)
-            scores.append(score)
-        tracker.log_text(report.summary_table(scores, markdown=True), "noc.md")
-    return scores
+        tracker.set_model(model)
+        return _score(tracker, benchmarks, stages, root, name, replay, pictures)
 
 
 def evaluate_method(
@@ -104,23 +117,37 @@ def evaluate_method(
     parent: str | None = None,
 ) -> list[report.Score]:
     """As `evaluate`, for run.method other than the trained model."""
-    for benchmark in benchmarks:
-        _require_masks(benchmark)
-    stages = [pipeline.method_clicks_stage(benchmark, run, resources) for benchmark in benchmarks]
-    scores = []
     name, answering = name or run.method, pipeline.method_fingerprint(run)
+    stages = [pipeline.method_clicks_stage(each, run, resources) for each in _labelled(benchmarks)]
+
+    def replay(benchmark: Dataset) -> Replay:
+        model = build_click_model(run.method, run.classical)
+        return functools.partial(report.replay_answers, model, run.eval.threshold)
+
     with record(root, experiment, name, answering, run, resources, parent) as tracker:
-        for benchmark, stage in zip(benchmarks, stages, strict=True):
-            clicks = finish(stage, root)
-            score = report.read_score(clicks, name)
-            log_benchmarks(tracker, [benchmark])
-            _log_score(tracker, score, clicks)
-            model = build_click_model(run.method, run.classical)
-            replay = functools.partial(report.replay_answers, model, run.eval.threshold)
-            for rank, figure in enumerate(draw_objects(benchmark, replay, clicks, pictures)):
-                tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
-            scores.append(score)
-        tracker.log_text(report.summary_table(scores, markdown=True), "noc.md")
+        return _score(tracker, benchmarks, stages, root, name, replay, pictures)
+
+
+def _score(
+    tracker: tracking.Tracker,
+    benchmarks: Sequence[Dataset],
+    stages: Sequence[Stage],
+    root: Storage,
+    name: str,
+    replay: Callable[[Dataset], Replay],
+    pictures: int,
+) -> list[report.Score]:
+    """Finish the evaluations; their scores, with clicks and masks of a few objects (Figure 7), go to the tracker."""
+    scores = []
+    for benchmark, stage in zip(benchmarks, stages, strict=True):
+        clicks = finish(stage, root)
+        score = report.read_score(clicks, name)
+        log_benchmarks(tracker, [benchmark])
+        _log_score(tracker, score, clicks)
+        for rank, figure in enumerate(draw_objects(benchmark, replay(benchmark), clicks, pictures)):
+            tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
+        scores.append(score)
+    tracker.log_text(report.summary_table(scores, markdown=True), "noc.md")
     return scores
 
 
@@ -132,10 +159,8 @@ def score_proposals(
     experiment: str = EXPERIMENT,
 ) -> str:
     """The table of best overlaps: how well the proposals of each run could name the objects, without training."""
-    for benchmark in benchmarks:
-        _require_masks(benchmark)
     overlaps: list[tuple[str, str, dict[str, Any]]] = []
-    for benchmark, run in itertools.product(benchmarks, runs):
+    for benchmark, run in itertools.product(_labelled(benchmarks), runs):
         name = f"proposals {run.target.source} {run.features.extractor}"
         stage = pipeline.overlap_stage(benchmark, run, resources)
         with record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
@@ -216,9 +241,11 @@ def log_benchmarks(tracker: tracking.Tracker, benchmarks: Sequence[Dataset]) -> 
         tracker.log_dataset(benchmark.name, benchmark.digest(masks=True), str(benchmark.root), "evaluation")
 
 
-def _require_masks(benchmark: Dataset) -> None:
-    if not benchmark.is_labelled:
-        raise DataError(f"{benchmark.name} in {benchmark.root} has no masks; evaluation needs a benchmark with masks")
+def _labelled(benchmarks: Sequence[Dataset]) -> Sequence[Dataset]:
+    for each in benchmarks:
+        if not each.is_labelled:
+            raise DataError(f"{each.name} in {each.root} has no masks; evaluation needs a benchmark with masks")
+    return benchmarks
 
 
 def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) -> None:
@@ -237,19 +264,12 @@ def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) 
     tracker.log_figure(figures.iou_curve({score.model: curve}), f"figures/{prefix}/iou.png")
 
 
-def _draw_objects(
-    tracker: tracking.Tracker, benchmark: Dataset, model: Storage, run: Run, clicks: Storage, count: int
-) -> None:
-    """Clicks and masks of a few objects, from the easiest to the hardest (the paper's Figure 7)."""
-    zoom_size = pipeline.zoom_size_of(benchmark, run)
+def replay_of(model: Storage, benchmark: Dataset, run: Run) -> Replay:
+    """What a saved model answers to clicks, at the size and under the protocol that `run` scores it with."""
     with model.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
-        predictor = Predictor.from_pretrained(directory, zoom_size=zoom_size, config=run.eval)
-    replay = functools.partial(report.replay, predictor)
-    for rank, figure in enumerate(draw_objects(benchmark, replay, clicks, count)):
-        tracker.log_figure(figure, f"figures/{benchmark.name}/object-{rank}.png")
-
-
-Replay = Callable[[np.ndarray, list[Click]], list[np.ndarray]]  # photo and clicks -> the mask after each click
+        size = pipeline.zoom_size_of(benchmark, run)
+        predictor = Predictor.from_pretrained(directory, zoom_size=size, config=run.eval)
+    return functools.partial(report.replay, predictor)
 
 
 def draw_objects(benchmark: Dataset, replay: Replay, clicks: Storage, count: int = PICTURES) -> list[Any]:

@@ -5,7 +5,6 @@ merge trees, a short training, the scores of the untrained and of the trained mo
 is a demonstration: SimpleClick's smallest model, trained from scratch for minutes on a handful of photos.
 """
 
-import functools
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ from mis_platform.data import synthetic
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import read_image
 from mis_platform.data.trees import TreeReader
-from mis_platform.evaluation.predictor import Predictor
 from mis_platform.progress import duration
 from mis_platform.stages.cluster import cluster
 from mis_platform.storage import Storage
@@ -103,27 +101,24 @@ def _draw(
     run: Run,
     resources: Resources,
 ) -> list[Path]:
-    """The pictures of the story as files under root/pictures."""
+    """The pictures of the story as files under root/pictures, and in the MLflow run of the trained model."""
     assert root.local is not None
     folder = root.local / "pictures"
     folder.mkdir(exist_ok=True)
-    tables = [
-        report.read_table(jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root))
-        for model in models
-    ]
-    names = ("untrained", "trained")
-    drawn = {"iou.png": figures.iou_curve({name: report.mean_iou(table) for name, table in zip(names, tables)})}
+    clicks = [jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root) for model in models]
+    curves = [report.mean_iou(report.read_table(each)) for each in clicks]
+    drawn = {"iou.png": figures.iou_curve(dict(zip(("untrained", "trained"), curves, strict=True)))}
     reader = TreeReader(trees)
     for k, image_id in enumerate(photos.image_ids[:3]):
         drawn[f"merge-levels-{k}.png"] = figures.merge_levels(
             read_image(photos.image_path(image_id)), reader.tree(image_id)
         )
-    assert models[1].local is not None
-    predictor = Predictor.from_pretrained(models[1].local, config=run.eval)
-    clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, models[1]), root)
-    replay = functools.partial(report.replay, predictor)
-    for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks, DRAWN)):
+    replay = jobs.replay_of(models[1], benchmark, run)
+    for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks[1], DRAWN)):
         drawn[f"clicks-{k}.png"] = figure
-    for name, figure in drawn.items():
-        (folder / name).write_bytes(figures.to_png(figure))
+    trained = jobs.trained_with(models[1], run)
+    with jobs.record(root, EXPERIMENT, "trained", jobs.model_fingerprint(models[1]), trained, resources) as tracker:
+        for name, figure in drawn.items():
+            (folder / name).write_bytes(figures.to_png(figure))
+            tracker.log_figure(figure, f"figures/story/{name}")
     return [folder / name for name in drawn]

@@ -9,6 +9,7 @@ all); then it is a StorageError. The AWS SDK inside pyarrow does that.
 
 import contextlib
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -54,6 +55,7 @@ class Storage:
     """One directory. uri: a local path or any URI of `pyarrow.fs`; credentials come from the environment.
 
     fence: asked before every write and removal; it travels along. Two storages with one URI are equal.
+    Raises ValueError for an address with a password in it, and for one whose slashes are missing.
     """
 
     uri: str
@@ -61,6 +63,8 @@ class Storage:
 
     def __post_init__(self) -> None:
         uri = self.uri
+        if mistyped := re.match(r"(s3|gs|gcs|hdfs|abfss?|file):(?!//)", uri):
+            raise ValueError(f"{uri!r} is no address: it begins with {mistyped[1]}://, a folder of that name with ./")
         if uri.startswith("file://"):
             uri = unquote(urlsplit(uri).path)
         if "://" not in uri:

@@ -693,7 +693,7 @@ def draw(sweep: Sweep, comparison: Comparison, found: Sequence[Outcome]) -> dict
         benchmarks = {dataset.name: dataset for task in done for dataset in task.benchmarks}.values()
         sheets = [drawing.proposals(dataset, runs, sweep.resources, sweep.root) for dataset in benchmarks]
         return {name: figure for sheet in sheets for name, figure in sheet.items()}
-    return drawing.bars(comparison)
+    return drawing.bars(comparison) | drawing.curves(found)
 
 
 def _draw_objects(sweep: Sweep, task: Task) -> dict[str, Any]:

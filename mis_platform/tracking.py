@@ -284,14 +284,6 @@ class Tracker:
             figure.savefig(self._spool.new_file(path))
             self._add({"artifact": path})
 
-    def log_image(self, image: np.ndarray, path: str) -> None:
-        """uint8 [H, W, 3] RGB as a PNG artifact."""
-        from matplotlib.image import imsave
-
-        with self._guard:
-            imsave(self._spool.new_file(path), image)
-            self._add({"artifact": path})
-
     def log_text(self, text: str, path: str) -> None:
         """A text artifact, e.g. "tables/noc.md"."""
         with self._guard:

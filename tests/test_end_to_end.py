@@ -69,6 +69,37 @@ def test_a_second_call_computes_nothing_again(folder, capsys):
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
 
 
+def test_a_model_is_found_by_its_run_in_mlflow(folder, capsys):
+    assert evaluate(folder) == 0
+    expected = capsys.readouterr().out
+    client = MlflowClient(f"sqlite:///{folder / 'root' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("mis").experiment_id])
+    for name in (run.info.run_id, run.data.tags["mis.fingerprint"][:8]):
+        assert evaluate(folder, "--model", name) == 0
+        assert capsys.readouterr().out == expected
+    assert evaluate(folder, "--model", "0123456789abcdef") == 3
+    assert "no single model is called '0123456789abcdef'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quickstart_tells_the_whole_story(ray_cluster, tmp_path, capsys):
+    """The README's first command, as it is: the trained model must be better than the untrained one."""
+    assert mis("quickstart", "--root", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "three things to try next" in printed
+    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert pictures == ["clicks-0.png", "clicks-1.png", "iou.png", *(f"merge-levels-{k}.png" for k in range(3))]
+    assert all(str(tmp_path / "pictures" / name) in printed for name in pictures)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
+    by_name = {run.info.run_name: run.info.run_id for run in runs}
+    ious = {name: client.get_metric_history(by_name[name], "synthetic/iou")[-1] for name in ("untrained", "trained")}
+    assert {point.step for point in ious.values()} == {20}
+    assert ious["trained"].value > ious["untrained"].value + 0.3, ious
+    logged = {Path(item.path).name for item in client.list_artifacts(by_name["trained"], "figures/story")}
+    assert logged == set(pictures)
+
+
 def test_another_smoothness_shares_the_trees(folder, capsys):
     arguments = ["--dataset", f"folder:{folder / 'photos'}", "--root", str(folder / "root"), *TINY]
     assert mis("train", *arguments, "--set", "train.smooth_weight=0", "--dry-run") == 0

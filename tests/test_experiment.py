@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_platform import cli
+from mis_platform import cli, experiment
 from mis_platform.config import Run, flatten, override
 from mis_platform.experiment import (
     PROFILES,
@@ -331,3 +331,17 @@ def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             load_experiment(name, tmp_path)
     assert question_of(tmp_path / "torn.py").startswith("(broken")
+
+
+def test_the_folder_of_an_installed_package_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MIS_EXPERIMENTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "site-packages" / "mis_platform" / "experiment.py"))
+    monkeypatch.setattr(experiment.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    assert experiment.experiments_folder() == tmp_path / "experiments"  # nothing anywhere: what the error names
+    installed = tmp_path / "data" / "share" / "mis-platform" / "experiments"
+    installed.mkdir(parents=True)
+    assert experiment.experiments_folder() == installed
+    beside = tmp_path / "site-packages" / "experiments"
+    beside.mkdir(parents=True)
+    assert experiment.experiments_folder() == beside

@@ -71,6 +71,13 @@ def test_child_addresses(uri: str, expected: str) -> None:
     assert Storage(uri).child("trees", "0123").uri == expected
 
 
+@pytest.mark.parametrize("uri", ["s3:/bucket/prefix", "s3:bucket", "gs:/bucket", "file:/data"])
+def test_an_address_without_its_slashes_is_no_folder(uri: str) -> None:
+    with pytest.raises(ValueError, match=rf"it begins with {uri.partition(':')[0]}://"):
+        Storage(uri)
+    assert Storage(f"./{uri}").local is not None
+
+
 ESCAPES = [
     *(
         "..",

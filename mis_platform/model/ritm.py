@@ -65,11 +65,6 @@ class Ritm(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not name.startswith(UNUSED))
 
-    @property
-    def feature_channels(self) -> int:
-        """C of `features`."""
-        return self.feature_extractor.channels
-
     def forward(self, image_B3HW: Tensor, previous_B1HW: Tensor, points_B2N3: Tensor) -> Tensor:
         """Logits [B, 1, H, W] at the size of the input; the sigmoid is the caller's.
 
