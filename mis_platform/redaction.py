@@ -3,7 +3,12 @@
 import os
 import re
 
-SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE_KEY", re.IGNORECASE)
+# Of variables, settings and parameters: these words anywhere, or KEY as the last one (SSH_KEY, but no public key).
+SECRET_NAME = re.compile(
+    r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_?KEY|API_?KEY|PRIVATE_?KEY"
+    r"|(?<![A-Z0-9])(?<!PUBLIC_)KEY(?![A-Z0-9_])",
+    re.IGNORECASE,
+)
 SHORTEST_SECRET = 6  # characters; a shorter value would blot out ordinary words
 
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")  # of a URI, "user:password@"

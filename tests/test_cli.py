@@ -151,6 +151,29 @@ def test_a_training_that_diverges_is_a_failure():
     assert cli._exit_code(TrainingDiverged("the loss is not finite at step 3")) == 4
 
 
+def test_an_artifact_of_other_settings_is_exit_code_5_and_stays(photos, capsys, tmp_path):
+    """Copied to where another one belongs: its manifest says what it is."""
+    from mis_platform.artifacts import MANIFEST, Output, Stage, write_manifest
+    from mis_platform.storage import Storage
+
+    root = tmp_path / "root"
+    arguments = ["precompute", "--dataset", f"folder:{photos}", "--set", "features.extractor=color_texture"]
+    arguments += ["--root", str(root)]
+    assert mis(*arguments, "--dry-run") == 0
+    address = Path(capsys.readouterr().out.split()[-1])
+    other = Stage(
+        name="trees", version=1, config={"features": {"extractor": "dino_vits8"}}, run=lambda inputs, out: None
+    )
+    write_manifest(other, Output(parts=(), digest="0" * 64), Storage(str(address)))
+    before = (address / MANIFEST).read_bytes()
+    assert mis(*arguments) == 5
+    printed = capsys.readouterr().err
+    assert "was made with other settings" in printed
+    assert "features.extractor: 'dino_vits8' -> 'color_texture'" in printed
+    assert len(printed.splitlines()) == 1
+    assert (address / MANIFEST).read_bytes() == before
+
+
 def test_missing_weights_name_the_way_out(photos, capsys, tmp_path):
     weights = tmp_path / "none.pth"
     code = mis(

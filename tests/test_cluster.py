@@ -17,8 +17,9 @@ import yaml
 from commands import mis
 
 from mis_platform.cluster_files import ERROR, WARNING, check_files
-from mis_platform.cluster_files.launcher import START_FLAGS
+from mis_platform.cluster_files.machines import MACHINES, NODE_CONFIG
 from mis_platform.cluster_files.rules import installed_ray
+from mis_platform.cluster_files.shell import START_FLAGS
 from mis_platform.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -184,6 +185,33 @@ def test_submitters_have_the_label_that_lets_them_in():
         assert spec["submitterPodTemplate"]["metadata"]["labels"] == SUBMITTER
 
 
+def test_sizes_of_all_machines_are_known():
+    files = [yaml.safe_load((CLUSTER / name).read_text()) for name in ("aws.yaml", "gcp.yaml")]
+    machines = [each["node_config"] for file in files for each in file["available_node_types"].values()]
+    assert {each.get("InstanceType") or each["machineType"] for each in machines} == set(MACHINES)
+
+
+def test_keys_of_machines_are_those_of_ec2():
+    """Of the release of boto3 that the constraints name."""
+    from botocore.loaders import Loader
+
+    shapes = Loader().load_service_model("ec2", "service-2")["shapes"]
+
+    def keys(shape: dict[str, Any]) -> dict[str, Any]:
+        while shape["type"] == "list":
+            shape = shapes[shape["member"]["shape"]]
+        return {key: shapes[value["shape"]] for key, value in shape.get("members", {}).items()}
+
+    def compared(known: Any, shape: dict[str, Any]) -> int:
+        ours = {key for key in known if key != "SubnetIds"}  # Ray's own: it takes one of them
+        assert ours <= set(keys(shape))
+        below = [(known[key], keys(shape)[key]) for key in ours if known[key]]
+        assert all(set(each) == set(keys(part)) for each, part in below)
+        return len(ours) + sum(compared(*each) for each in below)
+
+    assert compared(NODE_CONFIG["aws"], shapes["RunInstancesRequest"]) > 50
+
+
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
 def test_spot_is_asked_for_first_and_on_demand_when_there_is_none(name):
     """By the scheduler of Ray itself, with the node types of the file."""
@@ -230,6 +258,11 @@ IMAGE = "CHANGE-ME/mis-platform:0.1.0-ray2.60.0-py311-gpu"
 ROOT = "    - -e MIS_ROOT=s3://CHANGE-ME/mis\n"
 JOB = "kuberay/rayjob-sweep.yaml"
 RAY = "kuberay/raycluster.yaml"
+POD, NODE, JOIN = "spec.template.spec.containers", f"{TYPES}.head.node_config", "worker_start_ray_commands"
+OTHER = f"installs another Ray than that of this machine, {installed_ray()}"
+WHEEL = "https://example.org/ray-wheels/latest/ray-3.0.0.dev0-cp311-cp311-manylinux2014_x86_64.whl"
+INTO_RAY = '    - from: [{podSelector: {matchLabels: {ray.io/is-ray-node: "yes"}}}]\n'
+OUT_OF_RAY = '    - to: [{podSelector: {matchLabels: {ray.io/is-ray-node: "yes"}}}]\n'
 
 # file, what it says, what it says instead, the key that is named, and what is said of it
 TABLE = [
@@ -382,6 +415,8 @@ TABLE = [
         "looks like a secret",
     ),
     (AWS, "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN=0123canary", "docker.run_options.1", "RAY_AUTH_TOKEN is written"),
+    (AWS, "MIS_DATA=/data", "ENCRYPTION_KEY=0123canary", "docker.run_options.6", "ENCRYPTION_KEY is written"),
+    (AWS, "MIS_DATA=/data", "SSH_KEY_FILE=/data/0123", "", ""),
     (AWS, "MIS_DATA=/data", "X=AKIAIOSFODNN7CANARY1", "docker.run_options.6", "looks like a secret"),
     (
         RAY,
@@ -488,6 +523,200 @@ TABLE = [
         "services.mlflow.command",
         "stay in the container",
     ),
+    # published ports, whatever variables say
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "${MIS_BIND}", "services.store.ports.0", "published on all addresses"),
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "$MIS_BIND", "services.mlflow.ports.0", "published on all addresses"),
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "${MIS_BIND:+0.0.0.0}", "services.mlflow.ports.0", "all addresses"),
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "${MIS_BIND-127.0.0.1}", "services.mlflow.ports.0", "all addresses"),
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "${MIS_BIND:-${ALL:-0.0.0.0}}", "services.mlflow.ports.0", "on 0.0.0.0"),
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "${MIS_BIND:?which address: see above}", "", ""),
+    (COMPOSE, "${MIS_BIND:-127.0.0.1}", "${MIS_BIND:-${HERE:-127.0.0.1}}", "", ""),
+    # another Ray
+    (
+        RAY,
+        "    version: v2\n",
+        "    version: v2\n    image: rayproject/ray:latest\n",
+        "spec.autoscalerOptions.image",
+        "tag latest",
+    ),
+    (
+        JOB,
+        "      version: v2\n",
+        "      version: v2\n      image: rayproject/ray:2.9.0\n",
+        "spec.rayClusterSpec.autoscalerOptions.image",
+        "has Ray 2.9.0",
+    ),
+    (AWS, "\nsetup_commands: []", "\nsetup_commands: [pip install -U ray==2.9.0]", "setup_commands.0", OTHER),
+    (AWS, "\nsetup_commands: []", "\nsetup_commands:\n  - pip install -U ray[default]", "setup_commands.0", OTHER),
+    (GCP, "head_setup_commands: []", f"head_setup_commands: [pip install {WHEEL}]", "head_setup_commands.0", OTHER),
+    (HOSTS, "worker_setup_commands: []", "worker_setup_commands: [uv pip install 'ray>=2']", "worker_setup_c", OTHER),
+    (HOSTS, "  - ray stop", "  - ray stop; ray install-nightly", "head_start_ray_commands.0", OTHER),
+    (HOSTS, "  - ray stop", "  - conda install ray-default=2.9 && ray stop", "worker_start_ray_commands.0", OTHER),
+    (AWS, "\nsetup_commands: []", "", "setup_commands", "Ray's default for it installs another Ray"),
+    (AWS, "\nsetup_commands: []", "\nsetup_commands: ['pip install ray[tune]==2.60.0 ray-x; ray stop']", "", ""),
+    (JOB, "  backoffLimit:", '  runtimeEnvYAML: "pip: [ray==2.9.0]"\n  backoffLimit:', "spec.runtimeEnvYAML", OTHER),
+    (JOB, "  backoffLimit:", "  runtimeEnvYAML: |\n    pip:\n    - ray\n  backoffLimit:", "spec.runtimeEnvYAML", OTHER),
+    (JOB, "  backoffLimit:", '  runtimeEnvYAML: "pip: [rayon==1, ray==2.60.0]"\n  backoffLimit:', "", ""),
+    (JOB, "entrypoint: mis", "entrypoint: pip install ray==2.9.0 && mis", "spec.entrypoint", OTHER),
+    # storage and authentication
+    (AWS, "s3://CHANGE-ME/mis", "s3://", OPTIONS, "MIS_ROOT names no bucket"),
+    (GCP, "gs://CHANGE-ME/mis", "gs:///mis", OPTIONS, "MIS_ROOT names no bucket"),
+    (AWS, "; ray start", "; RAY_AUTH_MODE=disabled ray start", OPTIONS, "no authentication"),
+    (HOSTS, "ulimit -n 65536; ray", "export A=1 RAY_AUTH_MODE=disabled; ray", OPTIONS, "no authentication"),
+    (AWS, "; ray start", "; (RAY_AUTH_MODE=disabled ray start", OPTIONS, "no authentication"),
+    (AWS, "; ray start", "; if true; then export RAY_AUTH_MODE=no; fi; ray start", OPTIONS, "no authentication"),
+    (HOSTS, "ulimit -n 65536; ray", "unset RAY_AUTH_MODE; ray", OPTIONS, "no authentication"),
+    (GCP, "ulimit -n 65536; ray", 'RAY_AUTH_MODE="disabled"; ray', OPTIONS, "no authentication"),
+    (AWS, "    - -e RAY_AUTH_MODE=token\n", "    - --init\n", OPTIONS, "no authentication"),
+    (AWS, "; ray start", "; export RAY_AUTH_MODE=token; ray start", "", ""),
+    (AWS, "/home/ray/.ray/auth_token:", "/tmp/auth_token:", "file_mounts", "no token reaches the nodes"),
+    (
+        AWS,
+        "MIS_DATA=/data",
+        "RAY_AUTH_TOKEN_PATH=/run/token",
+        "file_mounts",
+        "no token reaches the nodes at /run/token",
+    ),
+    (AWS, "MIS_DATA=/data", "RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token", "", ""),
+    (
+        RAY,
+        "            envFrom: &settings",
+        "            env: [{name: RAY_AUTH_MODE, value: disabled}]\n            envFrom: &settings",
+        f"{HEAD}.containers.0.env",
+        "RAY_AUTH_MODE turns authentication off",
+    ),
+    # what undoes the network policy and the namespace's confinement
+    (NAMESPACE, INTO_RAY, "    - {}\n", "spec.ingress.0", "lets everybody in"),
+    (NAMESPACE, INTO_RAY, "    - ports: [{port: 8265}]\n", "spec.ingress.0", "lets everybody in"),
+    (NAMESPACE, INTO_RAY, "    - from: [{}]\n", "spec.ingress.0", "lets everybody in"),
+    (NAMESPACE, INTO_RAY, "    - from: [{namespaceSelector: {}}]\n", "spec.ingress.0.from.0", "every namespace"),
+    (
+        NAMESPACE,
+        INTO_RAY,
+        "    - from: [{podSelector: {}, namespaceSelector: {matchLabels: {}}}]\n",
+        "spec.ingress.0.from.0",
+        "every namespace",
+    ),
+    (NAMESPACE, OUT_OF_RAY, "    - {}\n", "spec.egress.0", "lets everything out"),
+    (NAMESPACE, "enforce: restricted", "enforce: privileged", "metadata.labels", "enforce is privileged"),
+    (NAMESPACE, "/enforce: restricted", "/warn: restricted", "metadata.labels", "enforce is not set"),
+    (NAMESPACE, "containerPort: 6379,", "containerPort: 6379, hostPort: 6379,", f"{POD}.0.ports.0.hostPort", "node"),
+    (
+        RAY,
+        "            envFrom: &settings",
+        "            ports: [{containerPort: 8265, hostPort: 8265}]\n            envFrom: &settings",
+        f"{HEAD}.containers.0.ports.0.hostPort",
+        "open on the node's own address",
+    ),
+    (RAY, "{drop: [ALL]}", "{drop: [ALL], add: [SYS_ADMIN]}", f"{HEAD}.containers.0.sec", "SYS_ADMIN is more than"),
+    # what containers may do, and who may log in
+    (COMPOSE, "localhost:*,127.0.0.1:*", "*:*", "services.mlflow.command", "answers to any host name"),
+    (COMPOSE, "localhost:*,127.0.0.1:*", "localhost:*,*.*", "services.mlflow.command", "answers to any host name"),
+    (COMPOSE, "[CHOWN]", "[SYS_ADMIN]", "services.store-volume.cap_add", "SYS_ADMIN reaches beyond the container"),
+    (COMPOSE, "    network_mode: none", "    ports: [127.0.0.1:80:80]", "services.store-volume.user", "runs as root"),
+    (
+        COMPOSE,
+        '"1000:1000"\n    command: [--',
+        '"0:0"\n    restart: "no"\n    command: [--',
+        "services.store.user",
+        "root",
+    ),
+    (
+        COMPOSE,
+        "      MLFLOW_AUTH_ADMIN_PASSWORD:",
+        "      OTHER:",
+        "services.mlflow.environment",
+        "no MLFLOW_AUTH_ADMIN",
+    ),
+    (COMPOSE, "      MLFLOW_AUTH_CONFIG_PATH:", "      OTHER:", "services.mlflow.environment", "no MLFLOW_AUTH_CONFIG"),
+    (AWS, "- --ulimit", "- --privileged\n    - --ulimit", OPTIONS, "--privileged is root on the host"),
+    (GCP, "- --ulimit", "- --cap-add SYS_ADMIN\n    - --ulimit", OPTIONS, "--cap-add SYS_ADMIN is root on the host"),
+    (AWS, "- --ulimit", "- --cap-add=KILL\n    - --ulimit", "", ""),
+    (AWS, "-v /home/ubuntu/data:/data:ro", "-v /:/host", OPTIONS, "-v /:/host is root on the host"),
+    (
+        AWS,
+        "-v /home/ubuntu/data:/data:ro",
+        "-v /var/run/docker.sock:/var/run/docker.sock",
+        OPTIONS,
+        "docker.sock is root on the host",
+    ),
+    (
+        HOSTS,
+        "  run_options:",
+        "  worker_run_options: [--security-opt, seccomp=unconfined]\n  run_options:",
+        "docker.worker_run_options",
+        "root on the host",
+    ),
+    # machines
+    (AWS, "$RAY_HEAD_IP:6379", "localhost:6379", JOIN, "workers look for the head at localhost:6379"),
+    (AWS, "$RAY_HEAD_IP:6379", "$RAY_HEAD_IP:6380", JOIN, "at port 6380, it listens on 6379"),
+    (GCP, "--port=6379", "--port=6380", JOIN, "at port 6379, it listens on 6380"),
+    (HOSTS, "$RAY_HEAD_IP:6379", "10.0.0.9:6379", JOIN, "look for the head at 10.0.0.9:6379"),
+    (AWS, "--address=$RAY_HEAD_IP:6379 ", "", JOIN, "look for the head at no address"),
+    (AWS, "--address=$RAY_HEAD_IP:6379", "--head", JOIN, "a head of its own"),
+    (AWS, "--address=$RAY_HEAD_IP:6379", "--address '${RAY_HEAD_IP}:6379'", "", ""),
+    (AWS, ", GPU: 1", ", GPU: 100", f"{TYPES}.gpu_spot.resources.GPU", "g6.2xlarge has 1 GPU, not 100"),
+    (AWS, "{CPU: 16}", "{CPU: 64}", f"{TYPES}.cpu_spot.resources.CPU", "c7i.4xlarge has 16 CPU, not 64"),
+    (GCP, "g2-standard-8", "n2-standard-8", f"{TYPES}.gpu_spot.resources.GPU", "n2-standard-8 has no GPU, not 1"),
+    (AWS, "py311-gpu", "py311-cpu", "docker.image", "an image for CPUs on nodes with GPUs"),
+    (GCP, IMAGE, "rayproject/ray:2.60.0-py311", "docker.image", "an image for CPUs on nodes with GPUs"),
+    (GCP, IMAGE, "rayproject/ray:2.60.0-py311-cu128", "", ""),
+    (RAY, "py311-gpu", "py311-cpu", "spec.workerGroupSpecs.0.template.spec.containers.0.image", "an image for CPUs"),
+    (AWS, "HttpTokens: required", "HttpTokens: optional", f"{NODE}.MetadataOptions", "gets its credentials"),
+    (AWS, "{HttpTokens: required, ", "{", f"{NODE}.MetadataOptions", "gets its credentials"),
+    (
+        AWS,
+        "      SecurityGroupIds: [sg-CHANGE-ME]\n",
+        "      NetworkInterfaces: [{AssociatePublicIpAddress: true, DeviceIndex: 0}]\n",
+        f"{NODE}.NetworkInterfaces.0.AssociatePublicIpAddress",
+        "a public address",
+    ),
+    (
+        GCP,
+        "- subnetwork:",
+        "- accessConfigs: [{type: ONE_TO_ONE_NAT}]\n          subnetwork:",
+        f"{NODE}.networkInterfaces.0.accessConfigs.0.type",
+        "a public address",
+    ),
+    (AWS, "      SubnetIds: [subnet-CHANGE-ME-a, subnet-CHANGE-ME-b]\n", "", NODE, "a public address, which is Ray's"),
+    (AWS, "use_internal_ips: true", "use_internal_ips: false", "provider.use_internal_ips", "public subnets only"),
+    (GCP, "  use_internal_ips: true\n", "", "provider.use_internal_ips", "waits for public addresses"),
+    (GCP, "      networkInterfaces: *network\n", "", f"{TYPES}.gpu_spot.node_config", "a public address, which is"),
+    (AWS, "MarketType", "MarketTyp", f"{TYPES}.gpu_spot.node_config.InstanceMarketOptions.MarketTyp", "MarketType?"),
+    (AWS, "VolumeSize", "VolumSize", f"{NODE}.BlockDeviceMappings.0.Ebs.VolumSize", "did you mean VolumeSize?"),
+    (AWS, "DeviceName", "DevicName", f"{NODE}.BlockDeviceMappings.0.DevicName", "did you mean DeviceName?"),
+    (AWS, "HttpPutResponseHopLimit", "HttpHopLimit", f"{NODE}.MetadataOptions.HttpHopLimit", "unknown key"),
+    (AWS, "{Name: CHANGE", "{Nam: CHANGE", f"{NODE}.IamInstanceProfile.Nam", "did you mean Name?"),
+    (GCP, "provisioningModel", "provisionningModel", f"{TYPES}.gpu_spot.node_config.scheduling.prov", "ioningModel?"),
+    (GCP, "diskSizeGb", "diskSizeGB", f"{NODE}.disks.0.initializeParams.diskSizeGB", "did you mean diskSizeGb?"),
+    (GCP, "autoDelete", "autodelete", f"{NODE}.disks.0.autodelete", "did you mean autoDelete?"),
+    (GCP, "- subnetwork:", "- subnet:", f"{NODE}.networkInterfaces.0.subnet", "did you mean subnetwork?"),
+    (GCP, "scopes:", "scope:", f"{NODE}.serviceAccounts.0.scope", "did you mean scopes?"),
+    # values of a wrong type
+    (GCP, "resources: {CPU: 16}", "resources: true", f"{TYPES}.cpu_spot.resources", "type object"),
+    (RAY, "type: RuntimeDefault", "type: [RuntimeDefault]", f"{HEAD}.containers.0.sec", "system call"),
+    (RAY, "headGroupSpec:\n", "headGroupSpec:\n    serviceType: [NodePort]\n", "spec.headGroupSpec.serv", "outside"),
+    (NAMESPACE, "clusterIP: None", "type: {}", "", ""),
+    # what pods name
+    (RAY, "{name: tmp, mountPath", "{name: temp, mountPath", f"{HEAD}.containers.0.volumeMounts.0.name", "mean tmp?"),
+    (NAMESPACE, "{name: data, mountPath", "{name: dat, mountPath", f"{POD}.0.volumeMounts.0.name", "mean data?"),
+    (
+        RAY,
+        "claimName: mis-data",
+        "claimName: mis-date",
+        f"{HEAD}.volumes.2.persistentVolumeClaim.claimName",
+        "mean mis-data?",
+    ),
+    (RAY, "AccountName: mis", "AccountName: miss", f"{HEAD}.serviceAccountName", "no ServiceAccount miss"),
+    (
+        RAY,
+        "{name: mis-settings}",
+        "{name: mis-setings}",
+        f"{HEAD}.containers.0.envFrom.0.configMapRef.name",
+        "mis-settings?",
+    ),
+    (RAY, "groupName: cpu", "groupName: gpu", "spec.workerGroupSpecs.1.groupName", "another group has this name"),
+    (RAY, "- groupName: cpu\n      replicas", "- replicas", "spec.workerGroupSpecs.1.groupName", "has no name"),
 ]
 
 

@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "storage",
         },
     ),
-    "cluster_files": ({"ray"}, {"errors"}),
+    "cluster_files": ({"ray"}, {"errors", "redaction"}),
     "access.py": (set(), {"redaction"}),
     "packing.py": (set(), {"experiment"}),
     "submission.py": ({"ray"}, {"access", "artifacts", "config", "packing", "progress", "redaction"}),

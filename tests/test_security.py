@@ -288,11 +288,26 @@ CANARIES = {
         ("s3://bucket/a@b", "s3://bucket/a@b"),
         ("mail me@example.org", "mail me@example.org"),
         ("key canary-aws-5d1f.", "key ***."),
+        ("https://host/x?key=abcdef&page=2&keyboard=de", "https://host/x?key=***&page=2&keyboard=de"),
     ],
 )
 def test_scrubbed_text(text: str, clean: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARIES["AWS_SECRET_ACCESS_KEY"])
     assert scrub(text) == clean
+
+
+@pytest.mark.parametrize(
+    "name", ["ENCRYPTION_KEY", "SSH_KEY", "KEY", "my_key", "S3_ACCESSKEY", "DB_PASSWD", "X_TOKEN_1"]
+)
+def test_names_of_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "canary-4f7c")
+    assert scrub("with canary-4f7c") == "with ***"
+
+
+@pytest.mark.parametrize("name", ["KEYBOARD", "MONKEY", "KEY_COUNT", "SSH_PUBLIC_KEY", "TOPOLOGYKEY"])
+def test_names_that_are_no_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "us-layout")
+    assert scrub("with us-layout") == "with us-layout"
 
 
 def test_an_address_with_a_password_is_never_printed() -> None:

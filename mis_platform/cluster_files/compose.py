@@ -7,7 +7,17 @@ from typing import Any
 
 from mis_platform.cluster_files.documents import Document
 from mis_platform.cluster_files.findings import WARNING, Finding, Path, shown
-from mis_platform.cluster_files.rules import LOOPBACK, Keys, everywhere, image, mapping, names, sequence, unknown_keys
+from mis_platform.cluster_files.rules import (
+    CAPABILITIES,
+    LOOPBACK,
+    Keys,
+    everywhere,
+    image,
+    mapping,
+    names,
+    sequence,
+    unknown_keys,
+)
 
 SERVICE: dict[str, Keys] = {
     **names(
@@ -27,7 +37,13 @@ COMPOSE: dict[str, Keys] = {
     "configs": {"*": names("file content environment external name")},
     **names("name include version"),
 }
-VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*)|:?\?[^}]*)?\}")
+VARIABLE = re.compile(r"\$\{\w+(?:(:?[-?+])([^{}]*))?\}|\$\w+")  # without another one in it
+ANY_HOST = re.compile(r":[\d*]*$|[*?.\s]")  # the port, and what stands for any letters
+LOGIN = {
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "a new MLflow does not start, an old one has the password that everybody knows",
+    "MLFLOW_AUTH_CONFIG_PATH": "users are kept in the container, and everybody may read everything",
+}
+ASKED_FOR = "(asked for)"  # ${NAME:?how to set it}: nothing starts without it
 
 
 def check_compose(document: Document) -> Iterator[Finding]:
@@ -54,7 +70,7 @@ def _network(file: str, path: Path, service: dict[str, Any]) -> Iterator[Finding
     ports = service.get("ports")
     for position, port in enumerate(sequence(ports)):
         host = _host_of(port)
-        if host not in LOOPBACK and not host.startswith("$"):
+        if host not in {*LOOPBACK, ASKED_FOR}:
             yield Finding(
                 file,
                 (*path, "ports", position),
@@ -64,7 +80,7 @@ def _network(file: str, path: Path, service: dict[str, Any]) -> Iterator[Finding
 
 
 def _host_of(port: Any) -> str:
-    """The host address of a published port; a variable counts as what it is when it is not set."""
+    """The host address of a published port; empty for all of them."""
     if isinstance(port, dict):
         return _default(str(port.get("host_ip", "")))
     text = _default(str(port))
@@ -72,7 +88,14 @@ def _host_of(port: Any) -> str:
 
 
 def _default(text: str) -> str:
-    return VARIABLE.sub(lambda found: found[2] if found[2] is not None else f"${found[1]}", text)
+    """What a text is when its variables are set to nothing, from the innermost one outwards."""
+    while (after := VARIABLE.sub(_value_when_empty, text)) != text:
+        text = after
+    return text
+
+
+def _value_when_empty(variable: re.Match[str]) -> str:
+    return {":-": variable[2], ":?": ASKED_FOR}.get(variable[1], "")
 
 
 def _confinement(file: str, path: Path, service: dict[str, Any]) -> Iterator[Finding]:
@@ -80,8 +103,12 @@ def _confinement(file: str, path: Path, service: dict[str, Any]) -> Iterator[Fin
         yield Finding(file, (*path, "privileged"), "is root on the host", "remove it")
     if any("docker.sock" in str(volume) for volume in sequence(service.get("volumes"))):
         yield Finding(file, (*path, "volumes"), "the Docker socket is root on the host", "remove it")
+    for name in sequence(service.get("cap_add")):
+        if str(name).upper().removeprefix("CAP_") not in CAPABILITIES:
+            yield Finding(file, (*path, "cap_add"), f"{shown(name)} reaches beyond the container", "remove it")
     once = str(service.get("restart")) in {"no", "False"}
-    if not once and str(service.get("user", "root")).split(":")[0] in {"root", "0"}:
+    alone = once and service.get("network_mode") == "none" and not service.get("ports")
+    if not alone and str(service.get("user", "root")).split(":")[0] in {"root", "0"}:
         yield Finding(file, (*path, "user"), "runs as root", "write user: UID:GID")
     if not service.get("read_only"):
         yield Finding(file, (*path, "read_only"), "can change its own image", "write read_only: true", WARNING)
@@ -111,12 +138,15 @@ def _mlflow(file: str, path: Path, service: dict[str, Any]) -> Iterator[Finding]
     if "--disable-security-middleware" in words:
         yield Finding(file, key, "MLflow without host and origin checks", "remove --disable-security-middleware")
     hosts = _default(_option(words, "--allowed-hosts") or environment.get("MLFLOW_SERVER_ALLOWED_HOSTS", ""))
-    if not hosts or "*" in hosts.split(","):
+    if not all(ANY_HOST.sub("", host) for host in hosts.split(",")):
         yield Finding(file, key, "MLflow answers to any host name", "write --allowed-hosts with the names that it has")
     if _option(words, "--app-name") != "basic-auth":
         yield Finding(
             file, key, "MLflow without authentication", "write --app-name basic-auth and set an admin password"
         )
+    for name, lacks in LOGIN.items():
+        if name not in environment and "env_file" not in service:
+            yield Finding(file, (*path, "environment"), f"no {name}: {lacks}", "compare with cluster/compose.yaml")
     store = _option(words, "--backend-store-uri") or environment.get("MLFLOW_BACKEND_STORE_URI", "sqlite:")
     if store.startswith(("sqlite:", "file:", "/", ".")):
         yield Finding(file, key, "records in a file do not stand several writers", "use PostgreSQL", WARNING)

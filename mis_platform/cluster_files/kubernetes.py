@@ -11,7 +11,16 @@ from typing import Any
 
 from mis_platform.cluster_files.documents import Document
 from mis_platform.cluster_files.findings import WARNING, Finding, Path, shown
-from mis_platform.cluster_files.launcher import START_FLAGS
+from mis_platform.cluster_files.pods import (
+    CONTAINER,
+    ENVIRONMENT,
+    META,
+    RESOURCES,
+    TEMPLATE,
+    check_pod,
+    references,
+    templates,
+)
 from mis_platform.cluster_files.rules import (
     EVERYWHERE,
     LOOPBACK,
@@ -21,63 +30,15 @@ from mis_platform.cluster_files.rules import (
     mapping,
     names,
     nearest,
+    no_cuda,
     ray_version,
     sequence,
     storage,
     unknown_keys,
     walk,
 )
+from mis_platform.cluster_files.shell import START_FLAGS
 
-META = names("annotations finalizers generateName labels name namespace")
-SECURITY = names(
-    "allowPrivilegeEscalation appArmorProfile capabilities privileged procMount readOnlyRootFilesystem "
-    "runAsGroup runAsNonRoot runAsUser seLinuxOptions seccompProfile windowsOptions"
-) | {"capabilities": names("add drop"), "seccompProfile": names("type localhostProfile")}
-ENVIRONMENT = {"name": None, "value": None} | {
-    "valueFrom": names("configMapKeyRef fieldRef resourceFieldRef secretKeyRef fileKeyRef")
-}
-RESOURCES = names("claims limits requests")
-PROBE = names(
-    "exec failureThreshold grpc httpGet initialDelaySeconds periodSeconds successThreshold tcpSocket "
-    "terminationGracePeriodSeconds timeoutSeconds"
-)
-CONTAINER: dict[str, Keys] = names(
-    "args command image imagePullPolicy name resizePolicy restartPolicy stdin stdinOnce "
-    "terminationMessagePath terminationMessagePolicy tty volumeDevices workingDir lifecycle"
-) | {
-    "env": ENVIRONMENT,
-    "envFrom": names("configMapRef prefix secretRef"),
-    "livenessProbe": PROBE,
-    "readinessProbe": PROBE,
-    "startupProbe": PROBE,
-    "ports": names("containerPort hostIP hostPort name protocol"),
-    "resources": RESOURCES,
-    "securityContext": SECURITY,
-    "volumeMounts": names("mountPath mountPropagation name readOnly recursiveReadOnly subPath subPathExpr"),
-}
-VOLUME: dict[str, Keys] = names(
-    "azureDisk azureFile cephfs configMap csi downwardAPI ephemeral fc flexVolume gcePersistentDisk "
-    "glusterfs hostPath image iscsi name projected rbd secret awsElasticBlockStore"
-) | {
-    "emptyDir": names("medium sizeLimit"),
-    "nfs": names("path readOnly server"),
-    "persistentVolumeClaim": names("claimName readOnly"),
-}
-POD: dict[str, Keys] = names(
-    "activeDeadlineSeconds affinity automountServiceAccountToken dnsConfig dnsPolicy enableServiceLinks "
-    "hostAliases hostIPC hostNetwork hostPID hostUsers hostname imagePullSecrets nodeName nodeSelector os "
-    "overhead preemptionPolicy priority priorityClassName readinessGates resourceClaims restartPolicy "
-    "runtimeClassName schedulerName schedulingGates serviceAccountName setHostnameAsFQDN "
-    "shareProcessNamespace subdomain terminationGracePeriodSeconds topologySpreadConstraints"
-) | {
-    "containers": CONTAINER,
-    "initContainers": CONTAINER,
-    "securityContext": SECURITY
-    | names("fsGroup fsGroupChangePolicy supplementalGroups supplementalGroupsPolicy sysctls"),
-    "tolerations": names("effect key operator tolerationSeconds value"),
-    "volumes": VOLUME,
-}
-TEMPLATE: dict[str, Keys] = {"metadata": META, "spec": POD}
 CREDENTIAL = {"value": None, "valueFrom": ENVIRONMENT["valueFrom"]}
 GROUP = names("labels rayStartParams resources") | {"template": TEMPLATE}
 CLUSTER: dict[str, Keys] = names("enableInTreeAutoscaling headServiceAnnotations managedBy rayVersion suspend") | {
@@ -103,6 +64,7 @@ JOB: dict[str, Keys] = names(
     "ttlSecondsAfterFinished"
 ) | {"rayClusterSpec": CLUSTER, "submitterPodTemplate": TEMPLATE}
 PEER = {"podSelector": None, "namespaceSelector": None, "ipBlock": names("cidr except")}
+ADMISSION = "pod-security.kubernetes.io/enforce"
 POLICY_PORT = names("endPort port protocol")
 
 # kind -> (apiVersion, keys of the document besides apiVersion, kind and metadata)
@@ -198,8 +160,11 @@ def check_manifests(documents: Sequence[Document], cpu_only: bool) -> Iterator[F
         manifest = _Manifest(document.file, document.value, documents)
         yield from _keys(manifest)
         yield from _exposure(manifest)
-        for path, template in _templates(manifest.value):
-            yield from _pod(manifest.file, path, template, runs_ray=manifest.kind in {"RayCluster", "RayJob"})
+        yield from _images(manifest)
+        claims = sequence(mapping(manifest.value.get("spec")).get("volumeClaimTemplates"))
+        for path, template in templates(manifest.value):
+            yield from check_pod(manifest.file, path, template, claims)
+            yield from _references(manifest, path, template)
         if manifest.kind == "RayCluster":
             yield from _cluster(manifest, ("spec",), mapping(manifest.value.get("spec")), cpu_only)
             if not mapping(manifest.value.get("spec")).get("gcsFaultToleranceOptions"):
@@ -230,6 +195,21 @@ def _keys(manifest: _Manifest) -> Iterator[Finding]:
         )
     keys: dict[str, Keys] = {"apiVersion": None, "kind": None, "metadata": META, **known[1]}
     yield from unknown_keys(manifest.file, manifest.value, keys)
+
+
+def _images(manifest: _Manifest) -> Iterator[Finding]:
+    """Every image, wherever it stands."""
+    for path, value in walk(manifest.value.get("spec"), ("spec",)):
+        if path[-1] == "image" or path[-2:] == ("image", "reference"):
+            yield from image(manifest.file, path, value, runs_ray=manifest.kind in {"RayCluster", "RayJob"})
+
+
+def _references(manifest: _Manifest, path: Path, template: dict[str, Any]) -> Iterator[Finding]:
+    """Whether what a pod names is there, if manifests of that kind are among the files."""
+    for where, kind, name in references(path, template):
+        known = {str(mapping(each.get("metadata")).get("name")) for each in manifest.others(kind)}
+        if known and name not in known | ({"default"} if kind == "ServiceAccount" else set()):
+            yield Finding(manifest.file, where, f"no {kind} {shown(name)}", nearest(name, known))
 
 
 # -- one Ray cluster -------------------------------------------------------------------------------------------------
@@ -282,7 +262,10 @@ def _cluster(manifest: _Manifest, path: Path, spec: dict[str, Any], cpu_only: bo
     ]:
         container, pod = _ray_container(group)
         key = (*path, *where, "template", "spec", "containers", 0, "env")
-        for finding in storage(file, key, _environment(manifest, container), nodes, _network_mounts(pod, container)):
+        environment = _environment(manifest, container)
+        if environment.get("RAY_AUTH_MODE", "token").lower() != "token":
+            yield Finding(file, key, "RAY_AUTH_MODE turns authentication off again", "remove it")
+        for finding in storage(file, key, environment, nodes, _network_mounts(pod, container)):
             if (finding.problem, finding.severity) not in said:
                 said.add((finding.problem, finding.severity))
                 yield finding
@@ -299,7 +282,7 @@ def _head(file: str, path: Path, head: dict[str, Any], has_workers: bool) -> Ite
             "the head would run work, and take the cluster with it when that work uses up its memory",
             'write "0"',
         )
-    if head.get("serviceType") not in {None, "ClusterIP"}:
+    if head.get("serviceType") not in (None, "ClusterIP"):
         yield Finding(
             file,
             (*path, "serviceType"),
@@ -312,8 +295,13 @@ def _head(file: str, path: Path, head: dict[str, Any], has_workers: bool) -> Ite
 
 def _groups(file: str, path: Path, workers: list[dict[str, Any]], cpu_only: bool) -> Iterator[Finding]:
     gpus = 0.0
+    called: set[str] = set()
     for position, group in enumerate(workers):
-        where = (*path, position)
+        where, name = (*path, position), str(group.get("groupName", ""))
+        if not name or name in called:
+            problem = "another group has this name" if name else "the group has no name"
+            yield Finding(file, (*where, "groupName"), problem, "give each group its own")
+        called.add(name)
         yield from _start_params(file, (*where, "rayStartParams"), mapping(group.get("rayStartParams")))
         if not isinstance(group.get("maxReplicas"), int):
             yield Finding(file, (*where, "maxReplicas"), "no limit on what it may cost", "write the largest number")
@@ -321,6 +309,8 @@ def _groups(file: str, path: Path, workers: list[dict[str, Any]], cpu_only: bool
         limits = mapping(mapping(container.get("resources")).get("limits"))
         each = sum(_count(value) for name, value in limits.items() if str(name).endswith("/gpu"))
         gpus += each * _count(group.get("maxReplicas"))
+        if each:
+            yield from no_cuda(file, (*where, "template", "spec", "containers", 0, "image"), container.get("image"))
     if not gpus and not cpu_only:
         yield Finding(
             file,
@@ -345,7 +335,7 @@ def _start_params(file: str, path: Path, params: dict[str, Any]) -> Iterator[Fin
             yield Finding(file, key, f"ray start has no --{name}", nearest(str(name), START_FLAGS))
         if not isinstance(value, str):
             yield Finding(file, key, "KubeRay takes strings here", f'write "{shown(value)}"')
-        if name == "dashboard-host" and value not in LOOPBACK:
+        if name == "dashboard-host" and str(value) not in LOOPBACK:
             yield Finding(
                 file,
                 key,
@@ -406,7 +396,7 @@ def _policies(manifest: _Manifest) -> Iterator[Finding]:
 
 def _exposure(manifest: _Manifest) -> Iterator[Finding]:
     spec, file = mapping(manifest.value.get("spec")), manifest.file
-    if manifest.kind == "Service" and spec.get("type") in {"LoadBalancer", "NodePort"}:
+    if manifest.kind == "Service" and spec.get("type") in ("LoadBalancer", "NodePort"):
         yield Finding(
             file,
             "spec.type",
@@ -422,63 +412,35 @@ def _exposure(manifest: _Manifest) -> Iterator[Finding]:
             "a secret written into the file",
             "create it with kubectl create secret --from-file or --from-literal",
         )
-    for path, value in walk(spec.get("ingress") if manifest.kind == "NetworkPolicy" else None, ("spec", "ingress")):
+    if manifest.kind == "Namespace":
+        yield from _admission(manifest)
+    if manifest.kind == "NetworkPolicy":
+        yield from _open_rules(file, spec)
+
+
+def _admission(manifest: _Manifest) -> Iterator[Finding]:
+    level = mapping(mapping(manifest.value.get("metadata")).get("labels")).get(ADMISSION)
+    if level != "restricted":
+        problem = f"{ADMISSION} is {shown(level or 'not set')}: pods that are not confined are let in"
+        yield Finding(manifest.file, "metadata.labels", problem, "write restricted")
+
+
+def _open_rules(file: str, spec: dict[str, Any]) -> Iterator[Finding]:
+    """Rules that undo the denial of everything: for all peers, for pods of any namespace, for the whole internet."""
+    for position, rule in enumerate(sequence(spec.get("egress"))):
+        if not rule:
+            yield Finding(file, ("spec", "egress", position), "lets everything out", "name who is reached")
+    for position, rule in enumerate(sequence(spec.get("ingress"))):
+        path, peers = ("spec", "ingress", position), sequence(mapping(rule).get("from"))
+        if not all(peers) or not peers:
+            yield Finding(file, path, "lets everybody in", "name who may come in under from")
+        for number, peer in enumerate(peers):
+            selector = mapping(peer).get("namespaceSelector", {"unset": True})
+            if not any(mapping(selector).values()):
+                yield Finding(file, (*path, "from", number), "lets every namespace in", "name the namespaces")
+    for where, value in walk(spec.get("ingress"), ("spec", "ingress")):
         if value in EVERYWHERE:
-            yield Finding(file, path, f"open to the whole internet ({value})", "write your own network")
-
-
-def _templates(value: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every pod template below a manifest."""
-    if isinstance(value, dict):
-        for key, below in value.items():
-            if key in {"template", "submitterPodTemplate"} and isinstance(below, dict):
-                yield (*path, key), below
-            else:
-                yield from _templates(below, (*path, str(key)))
-    elif isinstance(value, list):
-        for position, below in enumerate(value):
-            yield from _templates(below, (*path, position))
-
-
-def _pod(file: str, path: Path, template: dict[str, Any], runs_ray: bool) -> Iterator[Finding]:
-    pod = mapping(template.get("spec"))
-    where = (*path, "spec")
-    for name in ("hostNetwork", "hostPID", "hostIPC"):
-        if pod.get(name):
-            yield Finding(file, (*where, name), "reaches into the node", "remove it")
-    for position, volume in enumerate(sequence(pod.get("volumes"))):
-        if "hostPath" in mapping(volume):
-            yield Finding(
-                file, (*where, "volumes", position, "hostPath"), "reaches into the node", "use a claim or an emptyDir"
-            )
-    for kind in ("initContainers", "containers"):
-        for position, container in enumerate(sequence(pod.get(kind))):
-            here = (*where, kind, position)
-            yield from image(file, (*here, "image"), mapping(container).get("image"), runs_ray)
-            yield from _confinement(file, here, mapping(container), mapping(pod.get("securityContext")))
-
-
-def _confinement(file: str, path: Path, container: dict[str, Any], pod: dict[str, Any]) -> Iterator[Finding]:
-    own = mapping(container.get("securityContext"))
-    both = {**pod, **own}
-    key = (*path, "securityContext")
-    if own.get("privileged"):
-        yield Finding(file, key, "privileged: is root on the node", "remove it")
-    if both.get("runAsNonRoot") is not True or both.get("runAsUser") == 0:
-        yield Finding(file, key, "may run as root", "write runAsNonRoot: true")
-    if mapping(both.get("seccompProfile")).get("type") not in {"RuntimeDefault", "Localhost"}:
-        yield Finding(file, key, "may make any system call", "write seccompProfile: {type: RuntimeDefault}")
-    if own.get("allowPrivilegeEscalation") is not False:
-        yield Finding(file, key, "may become root", "write allowPrivilegeEscalation: false")
-    if "ALL" not in sequence(mapping(own.get("capabilities")).get("drop")):
-        yield Finding(file, key, "keeps capabilities", "write capabilities: {drop: [ALL]}")
-    if own.get("readOnlyRootFilesystem") is not True:
-        yield Finding(file, key, "can change its own image", "write readOnlyRootFilesystem: true", WARNING)
-    resources = mapping(container.get("resources"))
-    if not resources.get("limits") or not resources.get("requests"):
-        yield Finding(
-            file, (*path, "resources"), "no requests or limits: the node decides who is killed", "write both", WARNING
-        )
+            yield Finding(file, where, f"open to the whole internet ({value})", "write your own network")
 
 
 # -- shared ----------------------------------------------------------------------------------------------------------

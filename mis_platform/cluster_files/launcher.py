@@ -12,67 +12,44 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
 from mis_platform.cluster_files.documents import Document
 from mis_platform.cluster_files.findings import WARNING, Finding, shown
+from mis_platform.cluster_files.machines import NODE_CONFIG, TYPES, check_machines, is_local, node_count, workers_of
 from mis_platform.cluster_files.rules import (
+    CAPABILITIES,
     EVERYWHERE,
     LOOPBACK,
     UNKNOWN,
-    Keys,
     everywhere,
     image,
-    names,
+    installs_another_ray,
+    mapping,
     nearest,
     storage,
     unknown_keys,
     walk,
 )
+from mis_platform.cluster_files.shell import START_FLAGS, start_flags, variables
 
 # What Ray's providers read beyond its schema, which allows any key there.
 PROVIDER_KEYS = {"aws_credentials", "coordinator_address", "external_head_ip", "use_external_head_ip", "_has_tpus"}
 
-# Fields of EC2's RunInstances and of a Compute Engine instance.
-NODE_CONFIG: dict[str, Keys] = {
-    "aws": names(
-        "BlockDeviceMappings CapacityReservationSpecification CpuOptions CreditSpecification EbsOptimized "
-        "IamInstanceProfile ImageId InstanceInitiatedShutdownBehavior InstanceMarketOptions InstanceType "
-        "KeyName LaunchTemplate LicenseSpecifications MetadataOptions Monitoring NetworkInterfaces Placement "
-        "PrivateDnsNameOptions SecurityGroupIds SecurityGroups SubnetId SubnetIds TagSpecifications UserData"
-    ),
-    "gcp": names(
-        "acceleratorConfig advancedMachineFeatures canIpForward confidentialInstanceConfig description disks "
-        "guestAccelerators hostname labels machineType metadata minCpuPlatform networkInterfaces "
-        "networkPerformanceConfig privateIpv6GoogleAccess reservationAffinity resourcePolicies scheduling "
-        "serviceAccounts shieldedInstanceConfig shieldedVmConfig sourceInstanceTemplate sourceMachineImage "
-        "tags"
-    ),
-}
-
-# Flags of `ray start` in Ray 2.60; reading them from Ray itself takes seconds, so a test compares.
-START_FLAGS = set(
-    names(
-        "address autoscaling-config block cgroup-path dashboard-agent-grpc-port dashboard-agent-listen-port "
-        "dashboard-host dashboard-port disable-usage-stats enable-object-reconstruction "
-        "enable-resource-isolation head include-dashboard include-log-monitor labels labels-file log-color "
-        "log-style max-worker-port memory metrics-export-port min-worker-port no-monitor no-redirect-output "
-        "node-ip-address node-manager-port node-name num-cpus num-gpus object-manager-port "
-        "object-spilling-directory object-store-memory plasma-directory port proxy-server-url "
-        "ray-client-server-port ray-debugger-external redis-password redis-shard-ports redis-username "
-        "resources runtime-env-agent-port system-config system-reserved-cpu system-reserved-memory temp-dir "
-        "tracing-startup-hook verbose worker-port-list"
-    )
-)
-
 NETWORK_MOUNT = re.compile(r"\bmount\b[^;&|]*?-t\s*(?:nfs4?|efs|cifs|ceph|lustre|glusterfs|beegfs)\b([^;&|]*)")
 MOUNT_CHECK = re.compile(r"\bmountpoint\s+(?:-q\s+)?(/\S+)")
-EXPORT = re.compile(r"\bexport\s+(\w+)=(\"[^\"]*\"|'[^']*'|[^\s;\"']+)")
-GPU_MACHINE = {"aws": re.compile(r"^(p\d|g\d)"), "gcp": re.compile(r"^(a\d|g\d)-")}
+ROOT_ON_HOST = re.compile(
+    r"--privileged(?!=false)|\S*docker\.sock|--(?:pid|userns)[= ]host|--security-opt[= ]\S*unconfined"
+    rf"|(?<!\S)(?:-v ?|--volume[= ])/:\S+|--cap-add[= ](?!(?:CAP_)?(?:{'|'.join(CAPABILITIES)})(?!\w))\S+"
+)
+TOKEN_FILE = re.compile(r"^(~|/home/[^/]+|/root)/\.ray/auth_token$")  # where Ray looks
+HEAD_ADDRESS = re.compile(r"^(?:\$RAY_HEAD_IP|\$\{RAY_HEAD_IP\}|(?P<fixed>[^$]\S*)):(?P<port>\d+)$")
+HEAD_PORT = "6379"  # Ray's default
 ROLES = ("head", "worker")
+COMMANDS = ("setup_commands", "head_setup_commands", "worker_setup_commands")
 
 
 def check_launcher(document: Document, cpu_only: bool) -> Iterator[Finding]:
@@ -89,10 +66,14 @@ def check_launcher(document: Document, cpu_only: bool) -> Iterator[Finding]:
     if config is None:
         return
     yield from _images(document.file, config)
+    yield from _confinement(document.file, config)
+    yield from _installations(document, config)
     yield from _settings(document.file, config)
     yield from _start(document, config)
+    yield from _joining(document, config)
     yield from _network(document)
-    yield from _machines(document.file, config, cpu_only)
+    has_v2 = _environment(config, "head").get("RAY_enable_autoscaler_v2") == "1"
+    yield from check_machines(document.file, config, cpu_only, has_v2)
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
@@ -111,7 +92,7 @@ def _schema(document: Document) -> Iterator[Finding]:
     import jsonschema
 
     validator, config = jsonschema.Draft7Validator(_ray_schema()), dict(document.value)
-    if _is_local(config):
+    if is_local(config):
         config.pop("min_workers", None)  # not in the schema, yet read for a list of hosts
     for error in sorted(validator.iter_errors(config), key=lambda each: list(map(str, each.absolute_path))):
         path = tuple(error.absolute_path)
@@ -171,11 +152,11 @@ def _further_keys(document: Document) -> Iterator[Finding]:
     for name, node_type in types.items() if isinstance(types, dict) else ():
         if not isinstance(node_type, dict):
             continue
-        path = ("available_node_types", str(name))
+        path = (TYPES, str(name))
         yield from unknown_keys(
             document.file, node_type.get("node_config"), NODE_CONFIG.get(kind), (*path, "node_config")
         )
-        for resource in node_type.get("resources") or {}:
+        for resource in mapping(node_type.get("resources")):
             right = str(resource).upper().rstrip("S")
             if right in {"CPU", "GPU"} and resource != right:
                 yield Finding(
@@ -187,25 +168,6 @@ def _further_keys(document: Document) -> Iterator[Finding]:
 
 
 # -- what runs where -------------------------------------------------------------------------------------------------
-
-
-def _is_local(config: Mapping[str, Any]) -> bool:
-    provider = config.get("provider")
-    return isinstance(provider, dict) and provider.get("type") == "local"
-
-
-def _workers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The node types that there can be workers of."""
-    head = config.get("head_node_type")
-    types = {
-        name: each for name, each in config.get("available_node_types", {}).items() if each.get("max_workers", 0) > 0
-    }
-    return {name: each for name, each in types.items() if name != head or _is_local(config)}
-
-
-def _node_count(config: Mapping[str, Any]) -> int:
-    most = sum(each["max_workers"] for each in _workers(config).values())
-    return 1 + min(most, config.get("max_workers", most))
 
 
 def _docker_options(config: Mapping[str, Any], role: str) -> list[str]:
@@ -224,7 +186,7 @@ def _commands(config: Mapping[str, Any], role: str) -> list[str]:
 
 
 def _environment(config: Mapping[str, Any], role: str) -> dict[str, str]:
-    """Variables of the container, and those that commands export."""
+    """Variables of the container, and those that commands set for Ray."""
     found: dict[str, str] = {}
     options = _docker_options(config, role)
     for position, option in enumerate(options):
@@ -234,7 +196,7 @@ def _environment(config: Mapping[str, Any], role: str) -> dict[str, str]:
             name, _, value = text.partition("=")
             found[name] = value
     for command in _commands(config, role):
-        found |= {name: value.strip("\"'") for name, value in EXPORT.findall(command)}
+        found |= dict(variables(command))
     return found
 
 
@@ -244,16 +206,16 @@ def _shared_directories(config: Mapping[str, Any], role: str) -> list[str]:
     for command in _commands(config, role):
         mounted += [match.split()[-1] for match in NETWORK_MOUNT.findall(command) if match.split()]
         mounted += MOUNT_CHECK.findall(command)
-    options = _docker_options(config, role)
     if not (config.get("docker") or {}).get("image"):
         return mounted
-    inside = []
-    for option, value in pairwise(options):
-        if option in {"-v", "--volume"} and value.count(":") >= 1:
-            host, container = value.split(":")[:2]
-            if any((host.rstrip("/") + "/").startswith(each.rstrip("/") + "/") for each in mounted):
-                inside.append(container)
-    return inside
+    return [inside for host, inside in _binds(config, role) if any(_holds(each, host) for each in mounted)]
+
+
+def _binds(config: Mapping[str, Any], role: str) -> list[tuple[str, str]]:
+    """(directory of the host, directory in the container) of every `-v`."""
+    options = pairwise(_docker_options(config, role))
+    volumes = [value.split(":") for flag, value in options if flag in {"-v", "--volume"} and ":" in value]
+    return [(host, inside) for host, inside, *_ in volumes]
 
 
 def _images(file: str, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -261,9 +223,9 @@ def _images(file: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     for name in ("image", "head_image", "worker_image"):
         if name in docker:
             yield from image(file, ("docker", name), docker[name], runs_ray=True)
-    for node_type, value in config.get("available_node_types", {}).items():
+    for node_type, value in config.get(TYPES, {}).items():
         if "worker_image" in (value.get("docker") or {}):
-            path = ("available_node_types", node_type, "docker", "worker_image")
+            path = (TYPES, node_type, "docker", "worker_image")
             yield from image(file, path, value["docker"]["worker_image"], runs_ray=True)
     if not docker.get("image") and not (docker.get("head_image") and docker.get("worker_image")):
         yield Finding(
@@ -274,16 +236,35 @@ def _images(file: str, config: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _confinement(file: str, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What docker is told that makes the container as good as root on its host."""
+    common = ((("docker",), config.get("docker") or {}),)
+    own = (((TYPES, name, "docker"), each.get("docker") or {}) for name, each in config.get(TYPES, {}).items())
+    for path, docker in (*common, *own):
+        for key in ("run_options", "head_run_options", "worker_run_options"):
+            for found in ROOT_ON_HOST.finditer(" ".join(map(str, docker.get(key) or []))):
+                yield Finding(file, (*path, key), f"{shown(found[0])} is root on the host", "remove it")
+
+
+def _installations(document: Document, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What Ray's defaults install; what is written in the file is read with everything else in it."""
+    written = {command for key in COMMANDS for command in document.value.get(key) or []}
+    for key in COMMANDS:
+        if any(command not in written and installs_another_ray(str(command)) for command in config.get(key) or []):
+            problem = "Ray's default for it installs another Ray than that of this machine"
+            yield Finding(document.file, key, problem, f"write {key}: []")
+
+
 def _settings(file: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Storage and authentication, of the head and of the workers; said once if both lack the same."""
     said = set()
     for role in ROLES:
-        if role == "worker" and not _workers(config):
+        if role == "worker" and not workers_of(config):
             continue
         environment = _environment(config, role)
         shared = _shared_directories(config, role)
         for finding in [
-            *storage(file, "docker.run_options", environment, _node_count(config), shared),
+            *storage(file, "docker.run_options", environment, node_count(config), shared),
             *_authentication(file, config, environment),
         ]:
             if str(finding) not in said:
@@ -299,34 +280,28 @@ def _authentication(file: str, config: Mapping[str, Any], environment: Mapping[s
             "no authentication: whoever reaches the cluster runs any code on it",
             "add -e RAY_AUTH_MODE=token on head and workers",
         )
-    mounts = config.get("file_mounts") or {}
-    if not any(str(target).endswith("auth_token") for target in mounts) and "RAY_AUTH_TOKEN_PATH" not in environment:
+    wanted = environment.get("RAY_AUTH_TOKEN_PATH", "")
+    targets = [str(target) for target in config.get("file_mounts") or {}] + _volumes(config)
+    if not any(_holds(target, wanted) if wanted else TOKEN_FILE.match(target) for target in targets):
         yield Finding(
             file,
             "file_mounts",
-            "no token reaches the nodes",
+            f"no token reaches the nodes{f' at {shown(wanted)}' if wanted else ''}",
             "mount the one that `ray get-auth-token --generate` made: /home/ray/.ray/auth_token: ~/.ray/auth_token",
         )
 
 
+def _volumes(config: Mapping[str, Any]) -> list[str]:
+    """Where directories of the host are seen in the containers of all nodes."""
+    shared = set.intersection(*({each for _, each in _binds(config, role)} for role in ROLES))
+    return sorted(shared)
+
+
+def _holds(directory: str, file: str) -> bool:
+    return (file + "/").startswith(directory.rstrip("/") + "/")
+
+
 # -- ray start -------------------------------------------------------------------------------------------------------
-
-
-def start_flags(command: str) -> Iterator[tuple[str, str]]:
-    """Flags of every `ray start` in a shell command with their values: `--num-cpus=0` is ("num-cpus", "0")."""
-    for part in re.split(r"[;&|\n]+", command):
-        try:
-            words = shlex.split(part)
-        except ValueError:
-            continue
-        if "ray" not in words or words[words.index("ray") + 1 : words.index("ray") + 2] != ["start"]:
-            continue
-        flags = words[words.index("ray") + 2 :]
-        for position, word in enumerate(flags):
-            if word.startswith("--"):
-                name, mark, value = word[2:].partition("=")
-                following = flags[position + 1] if position + 1 < len(flags) else ""
-                yield name, value if mark or following.startswith("-") else following
 
 
 def _start(document: Document, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -355,9 +330,9 @@ def _start(document: Document, config: Mapping[str, Any]) -> Iterator[Finding]:
                 "no --autoscaling-config: no worker would ever be started",
                 "add --autoscaling-config=~/ray_bootstrap_config.yaml",
             )
-    if _node_count(config) > 1 and _head_cpus(config) != 0:
+    if node_count(config) > 1 and _head_cpus(config) != 0:
         head = config.get("head_node_type", "")
-        local = _is_local(config)
+        local = is_local(config)
         yield Finding(
             document.file,
             "head_start_ray_commands" if local else ("available_node_types", head, "resources", "CPU"),
@@ -366,18 +341,42 @@ def _start(document: Document, config: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _joining(document: Document, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether workers look for the head where it listens."""
+    key = "worker_start_ray_commands"
+    head, worker = (_flags(config.get(f"{role}_start_ray_commands") or []) for role in ROLES)
+    if not worker or not workers_of(config):
+        return
+    port, address = head.get("port") or HEAD_PORT, worker.get("address", "")
+    found = HEAD_ADDRESS.match(address)
+    fixed = found and found["fixed"]
+    if "head" in worker:
+        problem = "every worker would be a head of its own"
+    elif found is None or (fixed and fixed != config["provider"].get("head_ip")):
+        problem = f"workers look for the head at {shown(address) or 'no address'}"
+    elif found["port"] != port:
+        problem = f"workers look for the head at port {found['port']}, it listens on {shown(port)}"
+    else:
+        return
+    yield Finding(document.file, key, problem, f"write ray start --address=$RAY_HEAD_IP:{shown(port)}")
+
+
+def _flags(commands: Iterable[Any]) -> dict[str, str]:
+    return {name: value for command in commands for name, value in start_flags(str(command))}
+
+
 def _head_cpus(config: Mapping[str, Any]) -> int | None:
     """CPUs that the head offers; None: as many as it has. The launcher's resources win over the command's flags."""
     head = config.get("available_node_types", {}).get(config.get("head_node_type"), {})
     if "CPU" in (head.get("resources") or {}):
         return head["resources"]["CPU"]
-    if not _is_local(config):
+    if not is_local(config):
         return None  # detected from the machine's type, whatever the command says
-    flags = dict(flag for command in config.get("head_start_ray_commands") or [] for flag in start_flags(str(command)))
+    flags = _flags(config.get("head_start_ray_commands") or [])
     return int(flags["num-cpus"]) if flags.get("num-cpus", "").isdigit() else None
 
 
-# -- network and machines --------------------------------------------------------------------------------------------
+# -- network ----------------------------------------------------------------------------------------------------------
 
 
 def _network(document: Document) -> Iterator[Finding]:
@@ -395,70 +394,3 @@ def _network(document: Document) -> Iterator[Finding]:
             "write SecurityGroupIds of one that opens it to your network only, in every node type",
             WARNING,
         )
-
-
-def _machines(file: str, config: Mapping[str, Any], cpu_only: bool) -> Iterator[Finding]:
-    workers, kind = _workers(config), str(config["provider"].get("type"))
-    if _is_local(config):  # Ray finds out what the hosts have
-        return
-    gpus = {name: _gpus(each, kind) for name, each in workers.items()}
-    if not any(gpus.values()) and not cpu_only:
-        yield Finding(
-            file,
-            "available_node_types",
-            "no GPU in any node type: the paper's training would take months",
-            "add GPU workers, or say --cpu-only",
-        )
-    spot = {name for name, each in workers.items() if gpus[name] and _is_spot(each.get("node_config") or {})}
-    if spot and not any(gpus[name] for name in set(workers) - spot):
-        yield Finding(
-            file,
-            ("available_node_types", min(spot)),
-            "spot GPUs only: the run waits when there are none",
-            "add an on-demand type with a lower priority",
-            WARNING,
-        )
-    if spot and _environment(config, "head").get("RAY_enable_autoscaler_v2") != "1":
-        yield Finding(
-            file,
-            "docker.run_options",
-            "Ray's first autoscaler asks for spot machines for ever, capacity or not",
-            "add -e RAY_enable_autoscaler_v2=1: the second one takes the on-demand type then",
-            WARNING,
-        )
-    if workers and not any(each.get("min_workers") for each in workers.values()):
-        yield Finding(
-            file,
-            "available_node_types",
-            "starts without a worker: mis plans with the nodes that it finds",
-            "write min_workers: 1 where work is to run",
-            WARNING,
-        )
-    if kind == "aws" and not all((each.get("node_config") or {}).get("ImageId") for each in workers.values()):
-        yield Finding(
-            file,
-            "available_node_types",
-            "Ray's own machine image has CUDA 11.2: its driver is too old for CUDA 13",
-            "write ImageId of a Deep Learning Base AMI in every node type",
-            WARNING,
-        )
-    for name, each in workers.items():
-        if gpus[name] and "GPU" not in (each.get("resources") or {}) and kind != "aws":
-            yield Finding(file, ("available_node_types", name, "resources"), "no GPU among them", "write GPU: 1")
-
-
-def _gpus(node_type: Mapping[str, Any], kind: str) -> int:
-    resources, machine = node_type.get("resources") or {}, node_type.get("node_config") or {}
-    if "GPU" in resources:
-        return int(resources["GPU"])
-    name = str(machine.get("InstanceType") or machine.get("machineType") or "").rpartition("/")[2]
-    pattern = GPU_MACHINE.get(kind)
-    return int(bool(machine.get("guestAccelerators")) or bool(pattern and pattern.match(name)))
-
-
-def _is_spot(machine: Mapping[str, Any]) -> bool:
-    return any(
-        value in ("spot", "SPOT") or (path[-1] == "preemptible" and value is True)
-        for path, value in walk(dict(machine))
-        if path
-    )

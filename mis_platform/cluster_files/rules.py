@@ -4,26 +4,41 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 from mis_platform.cluster_files.documents import Document
 from mis_platform.cluster_files.findings import ERROR, WARNING, Finding, Path, shown
+from mis_platform.redaction import SECRET_NAME
 
 PLACEHOLDER = "CHANGE-ME"
 UNKNOWN = "unknown key"
 LOOPBACK = {"127.0.0.1", "localhost", "::1", "[::1]"}
 EVERYWHERE = {"0.0.0.0/0", "::/0"}
+CAPABILITIES = (
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "KILL",
+    "NET_BIND_SERVICE",
+    "SETGID",
+    "SETUID",
+)  # of the container alone
 BUCKETS = {"s3", "gs", "abfs", "abfss", "hdfs"}  # schemes of pyarrow.fs
 MOVING_TAGS = re.compile(r"(^|-)(latest|nightly|edge|main|master)(-|$)")
+
+# Ray as a requirement, `ray[default]==2.9`, and as a file; what installs packages, to the end of its command.
+RAY_PACKAGE = re.compile(
+    r"(?<![\w./:@=-])ray(?:-(?:all|core|default))?(?:\[[^\]]*\])?\s*((?:[=<>~!]+|@)\s*[\w/+][\w.*+!:/-]*)?(?=[\s,;\"'\])}]|$)"
+)
+RAY_FILE = re.compile(r"(?<![\w.-])ray-(\d[\w.+]*)-[\w.-]+\.whl|ray-project/ray(?:\.git)?@|\bray install-nightly\b")
+INSTALLER = re.compile(r"\b(pip3?|uv|conda|mamba|micromamba|poetry)\b.*\b(install|add|create|update|sync)\b")
 
 # Keys of a mapping, each with the keys below it; None: anything. Lists are looked through.
 Keys = Mapping[str, Any] | None
 
-SECRET_NAME = re.compile(
-    r"(PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_?KEY|API_?KEY|PRIVATE_?KEY|CREDENTIAL)(?!.*(_PATH|_FILE|_?NAME|_?REF|_URI)$)",
-    re.IGNORECASE,
-)
+WHEREABOUTS = re.compile(r"(_PATH|_FILE|NAME|REF|_URI)$|^key$", re.IGNORECASE)  # says where a secret is
 SECRET_VALUE = re.compile(
     r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY|\b(ghp|gho|ghs)_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bhf_[A-Za-z0-9]{20,}|\bglpat-[\w-]{15,}|\bxox[abprs]-[\w-]{10,}|://[^/\s:@$]+:[^/\s@$]+@"
@@ -37,9 +52,24 @@ FALLBACK = re.compile(r"^\$\{\w+:?-(.*)\}$")  # ${NAME:-what it is when not set}
 UNSET = re.compile(r"^\$(\w+|\{\w+\})$")  # empty, without a word, when not set
 
 
+@cache
 def installed_ray() -> str:
     """The version of Ray on this machine; client and cluster must have the same one."""
     return version("ray")
+
+
+def installs_another_ray(text: str, is_list: bool = False) -> bool:
+    """Whether a command installs a Ray that need not be ours. is_list: requirements, with no command before them."""
+    ours = installed_ray()
+    if any(found[1] != ours for found in RAY_FILE.finditer(text)):
+        return True
+    for command in re.split(r"[;&|\n]+", text):
+        installs = is_list or bool(INSTALLER.search(command))
+        for found in RAY_PACKAGE.finditer(command):
+            wanted = "".join((found[1] or "").split())
+            if wanted.lstrip("=") != ours if wanted.startswith("==") else installs and wanted != f"={ours}":
+                return True
+    return False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -105,6 +135,9 @@ def everywhere(document: Document) -> Iterator[Finding]:
         if "ray://" in value:
             problem = "ray:// is Ray Client: a lost connection loses the run, and its port runs any code"
             yield Finding(document.file, path, problem, "submit a job instead: mis submit -- ...")
+        if installs_another_ray(value, is_list=path[-1:] == ("runtimeEnvYAML",)):
+            problem = f"installs another Ray than that of this machine, {installed_ray()}"
+            yield Finding(document.file, path, problem, "remove it: Ray is in the image")
         if PLACEHOLDER in value:
             open_places.append(path)
         yield from _secret(document, path, value)
@@ -116,12 +149,16 @@ def everywhere(document: Document) -> Iterator[Finding]:
 def _secret(document: Document, path: Path, value: str) -> Iterator[Finding]:
     """At most one finding for a value; it never quotes what it found."""
     named = [(_name_of(document.value, path), value), *((n, v.strip("\"'")) for n, v in ASSIGNMENT.findall(value))]
-    problems = [f"{name} {why}" for name, text in named if SECRET_NAME.search(name) and (why := _exposed(text))]
+    problems = [f"{name} {why}" for name, text in named if _is_secret(name) and (why := _exposed(text))]
     if SECRET_VALUE.search(value):
         problems.append("looks like a secret written into the file")
     for problem in problems[:1]:
         remedy = "take it from a file, a secret or ${NAME:?how to set it}, and replace it where it was used"
         yield Finding(document.file, path, problem, remedy)
+
+
+def _is_secret(name: str) -> bool:
+    return bool(SECRET_NAME.search(name)) and not WHEREABOUTS.search(name)
 
 
 def _exposed(text: str) -> str:
@@ -173,6 +210,19 @@ def _image_ray(file: str, path: Path, repository: str, tag: str) -> Iterator[Fin
         yield Finding(file, path, problem, f"build cluster/Dockerfile on Ray {ours}, or install ray=={found[1]} here")
 
 
+def is_without_cuda(name: Any) -> bool:
+    """Whether the tag of an image says that it is for CPUs; Ray's own says so by naming no accelerator."""
+    repository, tag = _split_image(str(name))
+    official = repository.endswith("rayproject/ray") and not re.search(r"-(gpu|cu\d+)", tag)
+    return official or bool(re.search(r"(^|-)cpu(-|$)", tag))
+
+
+def no_cuda(file: str, path: Path, name: Any) -> Iterator[Finding]:
+    """An image of nodes with GPUs: made for them."""
+    if is_without_cuda(name):
+        yield Finding(file, path, f"an image for CPUs on nodes with GPUs: {shown(name)}", "use the one with -gpu")
+
+
 def _split_image(name: str) -> tuple[str, str]:
     """Repository and tag, which may be empty; a registry's port is no tag."""
     bare = name.partition("@")[0]
@@ -200,6 +250,8 @@ def storage(
         yield Finding(file, where, "no MIS_ROOT: every node would write to its own disk", remedy)
     elif not local and scheme not in BUCKETS:
         yield Finding(file, where, f"MIS_ROOT: unknown storage {scheme}://", nearest(scheme, BUCKETS))
+    elif not local and scheme != "hdfs" and not re.match(r"[^/?]", root.partition("://")[2]):
+        yield Finding(file, where, "MIS_ROOT names no bucket", f"write {scheme}://bucket/prefix")
     elif local and nodes > 1 and not any(directory.startswith(each.rstrip("/") + "/") for each in shared):
         problem = f"MIS_ROOT is on a disk of one machine, but there are up to {nodes} nodes"
         yield Finding(file, where, problem, "use s3://bucket/prefix, gs://bucket/prefix or declare the network mount")

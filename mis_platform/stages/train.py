@@ -361,7 +361,7 @@ def _explained(error: ray.train.TrainingFailedError, job: Job) -> Exception:
     """Ray's report of failed workers as one line; StorageError when a worker could not read or write."""
     causes = list(getattr(error, "worker_failures", {}).values())
     of_storage = [cause for cause in causes if isinstance(cause, OSError)]
-    first = (of_storage or causes or [error])[0]
+    first = (of_storage or causes or [getattr(error, "controller_failure", error)])[0]  # of workers that never started
     cause = (str(first).strip() or type(first).__name__).splitlines()[0]  # a MemoryError says nothing
     message = (
         f"training failed {job.resources.max_failures + 1} time(s), the last time with: {cause}; "

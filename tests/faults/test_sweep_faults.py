@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from faults.mlflow_proxy import FaultyProxy, mlflow_server
 from mlflow.tracking import MlflowClient
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 from training_material import make_material, tiny_run
 
 from mis_platform import sweep, tracking
@@ -229,6 +229,8 @@ def test_a_worker_whose_memory_error_says_nothing_is_explained(tmp_path: Path) -
     job = Job(stream, Schedule(1, stream.run.train), Resources(), Storage(str(tmp_path)), 1, 1)
     explained = _explained(WorkerGroupError("failed", {0: MemoryError()}), job)
     assert "the last time with: MemoryError; the same command resumes" in str(explained)
+    explained = _explained(ControllerError(RuntimeError("the actor died\nat once")), job)
+    assert "the last time with: the actor died; the same command resumes" in str(explained)
 
 
 # -- a driver that dies ----------------------------------------------------------------------------------------------
