@@ -21,7 +21,7 @@ from mis_platform.experiment import PAPER_PROFILE, Experiment, Row
 from mis_platform.report import PAPER, markdown_table, plain_table, protocol_differences
 
 State = Literal["done", "missing", "refused", "failed", "quoted"]  # refused: its data or weights are not there
-Verdict = Literal["pass", "fail", "not comparable", ""]
+Verdict = Literal["pass", "better", "fail", "not comparable", ""]  # better: fewer clicks, beyond the tolerance
 Direction = Literal["agrees", "opposite", "undecided", ""]
 
 STOPPED: tuple[State, ...] = ("failed", "refused")  # of several seeds the first of these counts
@@ -267,7 +267,9 @@ def _verdict(difference: float | None, tolerance: float, profile: str) -> Verdic
         return ""
     if profile != PAPER_PROFILE:
         return "not comparable"
-    return "pass" if abs(difference) <= tolerance + SLACK else "fail"
+    if difference < -tolerance - SLACK:
+        return "better"
+    return "pass" if difference <= tolerance + SLACK else "fail"
 
 
 def _change(row: Row, reference: Row | None, key: str, scores: Mapping[str, np.ndarray]) -> Change | None:
