@@ -64,7 +64,7 @@ class FeaturesConfig(Settings):
         "dinov3_vitb16",
         "color_texture",
     ] = "dino_vits8"
-    weights: str | None = None  # a .safetensors or .pth file; None: timm's pretrained weights from the hub
+    weights: str | None = None  # a .safetensors or .pth file, or a folder with them; None: timm's from the hub
     position_resize: Literal["bicubic", "bilinear"] = "bicubic"  # official code | paper
     layer: Literal["final_norm", "last_block"] = "final_norm"  # official code | paper
     precision: Precision = "fp32"

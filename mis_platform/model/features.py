@@ -175,14 +175,20 @@ def build_extractor(config: FeaturesConfig, device: str = "cpu") -> Extractor:
 def weights_file(config: FeaturesConfig) -> Path:
     """Where the weights of a network extractor are: features.weights, or timm's file in the hub's cache.
 
-    Downloads the latter if it is missing. Raises ValueError, within seconds, that says how to get the weights.
+    Of a folder, the file that is called as the extractor (.safetensors or .pth) or as its authors call it: extractors
+    that are compared have one setting in common.
+
+    Downloads timm's file if it is missing. Raises ValueError, within seconds, that says how to get the weights.
     """
     backbone = BACKBONES[config.extractor]
     if config.weights is not None:
         path = Path(config.weights)
-        if not path.is_file():
-            raise ValueError(f"features.weights: there is no file at {path}. {_how_to_get(backbone)}")
-        return path
+        names = [f"{config.extractor}.safetensors", f"{config.extractor}.pth", backbone.original.rpartition("/")[2]]
+        found = [file for file in ((path / name for name in names) if path.is_dir() else [path]) if file.is_file()]
+        if not found:
+            where = f"{path} (or {', '.join(names)} in it)" if path.is_dir() else path
+            raise ValueError(f"features.weights: there is no file at {where}. {_how_to_get(backbone)}")
+        return found[0]
     try:
         return hub.fetch(backbone.repository, _HUB_FILE)
     except ConnectionError as error:

@@ -631,6 +631,24 @@ def test_a_missing_file_says_how_to_get_it(tmp_path: Path) -> None:
     assert "dino_deitsmall8_pretrain.pth" in str(caught.value)
 
 
+def test_a_folder_has_a_file_for_each_extractor(tmp_path: Path) -> None:
+    for name in ("dino_vits16.safetensors", "dino_vitb16.pth", "dino_deitsmall8_pretrain.pth"):
+        (tmp_path / name).write_text(name)
+    found = {name: features.weights_file(FeaturesConfig(extractor=name, weights=str(tmp_path))).name for name in NAMED}
+    assert found == NAMED
+    with pytest.raises(
+        ValueError, match=r"dino_vitb8\.safetensors, dino_vitb8\.pth, dino_vitbase8_pretrain\.pth in it"
+    ):
+        features.weights_file(FeaturesConfig(extractor="dino_vitb8", weights=str(tmp_path)))
+
+
+NAMED = {
+    "dino_vits16": "dino_vits16.safetensors",
+    "dino_vitb16": "dino_vitb16.pth",
+    "dino_vits8": "dino_deitsmall8_pretrain.pth",
+}
+
+
 def test_digest(files: dict[str, str]) -> None:
     content = Path(files["dino_vits8"]).read_bytes()
     assert weights_digest(FeaturesConfig(weights=files["dino_vits8"])) == hashlib.sha256(content).hexdigest()
