@@ -539,7 +539,7 @@ def test_weights_of_another_network_are_refused_at_once(
     start = time.perf_counter()
     with pytest.raises(ValueError, match=hint):
         build_extractor(FeaturesConfig(extractor=name, weights=files[other]))
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 10  # seconds, on a busy machine too
 
 
 class Evil:
