@@ -127,15 +127,16 @@ def click_maps(points_B2N3: Tensor, height: int, width: int) -> Tensor:
     A pixel belongs to a disc if its squared distance to the centre is at most CLICK_RADIUS squared; centres are float
     (row, column) in pixels of this map and may lie outside. A row with both coordinates negative is no click.
     All shapes are static. Time and memory go with the number of clicks and pixels, not with their product: only the
-    11x11 pixels around each click are looked at.
+    12x12 pixels around each click are looked at.
     """
     batch, slots, _ = points_B2N3.shape
     centre = points_B2N3[..., :2].float().reshape(batch, 2, slots // 2, 2)
-    reach = torch.arange(-CLICK_RADIUS, CLICK_RADIUS + 1, device=centre.device)
+    # One pixel further than from a whole number: just below the next one, distances round to what they are from there.
+    reach = torch.arange(-CLICK_RADIUS, CLICK_RADIUS + 2, device=centre.device)
     # The clamp only keeps the conversion to integers defined; such pixels are too far away or outside.
     near = centre.floor().clamp(-2 * CLICK_RADIUS, max(height, width) + 2 * CLICK_RADIUS).long()
-    row = (near[..., 0, None] + reach)[..., :, None]  # [B, 2, N, 11, 1]
-    column = (near[..., 1, None] + reach)[..., None, :]  # [B, 2, N, 1, 11]
+    row = (near[..., 0, None] + reach)[..., :, None]  # [B, 2, N, 12, 1]
+    column = (near[..., 1, None] + reach)[..., None, :]  # [B, 2, N, 1, 12]
     squared = (row - centre[..., 0, None, None]) ** 2 + (column - centre[..., 1, None, None]) ** 2
     is_click = (centre.amax(dim=-1) >= 0)[..., None, None]
     is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -328,6 +328,7 @@ coordinate = st.one_of(st.floats(-12, 45, width=32), st.integers(-12, 45).map(fl
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(coordinate, coordinate), min_size=4, max_size=4))
+@example([(-1.0, -1.0), (0.0, -1.0), (0.99999994, 7.0), (0.0, -1.1754943508222875e-38)])  # distances that round to 5
 def test_click_maps_equal_a_double_loop(centres: list[tuple[float, float]]) -> None:
     height, width = 33, 21
     points = torch.tensor([[(*centre, 0.0) for centre in centres]])
