@@ -169,9 +169,16 @@ def resume_after(
 
 
 @pytest.mark.ray
-def test_killed_stopped_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
+def test_killed_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
     dataset = write_photos(tmp_path / "photos", 60, scale=8)
-    resume_after(dataset, tmp_path / "out", [(signal.SIGKILL, 3, 0.05), (signal.SIGINT, 4, 0.1)], patience=0)
+    resume_after(dataset, tmp_path / "out", [(signal.SIGKILL, 3, 0.05)], patience=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_stopped_and_resumed(ray_cluster: None, tmp_path: Path) -> None:
+    dataset = write_photos(tmp_path / "photos", 60, scale=8)
+    resume_after(dataset, tmp_path / "out", [(signal.SIGINT, 4, 0.1)], patience=0)
 
 
 @pytest.mark.ray
