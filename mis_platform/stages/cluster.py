@@ -214,12 +214,13 @@ def remove_orphans() -> int:
     Ray Train's own cleaner learns of a reservation only when all its workers run. A trial that is given up while one of
     them still starts would keep its CPUs from all others for as long as the job lives.
     """
-    job, count = ray.get_runtime_context().get_job_id(), 0
+    job, state, count = ray.get_runtime_context().get_job_id(), ray._private.state.state, 0
     table: Any = vars(gcs_pb2)["PlacementGroupTableData"]  # the public table leaves out who has reserved
-    accessor = ray._private.state.state._connect_and_get_accessor()
-    for entry in map(table.FromString, accessor.get_placement_group_table()):
-        is_by_actor = entry.creator_job_id.hex() == job and not ray.ActorID(entry.creator_actor_id).is_nil()
-        if is_by_actor and entry.creator_actor_dead and entry.state != table.REMOVED:
+    for entry in map(table.FromString, state._connect_and_get_accessor().get_placement_group_table()):
+        actor = ray.ActorID(entry.creator_actor_id)
+        is_there = entry.creator_job_id.hex() == job and not actor.is_nil() and entry.state != table.REMOVED
+        # Its own flag does not say so for what an actor reserved in its last moments.
+        if is_there and state.actor_table(actor.hex()).get("State", "DEAD") == "DEAD":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(entry.placement_group_id)))
             count += 1
     return count
