@@ -213,7 +213,9 @@ def test_rows_that_raise_hang_and_run_out_of_memory_leave_the_others_alone(exper
     assert f"the training {silence}" in lines["hangs in training"]["reason"]
     assert f"the evaluation {silence}" in lines["hangs in evaluation"]["reason"]
     assert "not finite at step" in lines["diverges"]["reason"]
-    assert any(word in lines["no memory"]["reason"] for word in ("memory", "MemoryError", "died")), lines["no memory"]
+    # A process that is refused memory while it starts may hang instead of dying.
+    words = ("memory", "MemoryError", "died", silence)
+    assert any(word in lines["no memory"]["reason"] for word in words), lines["no memory"]
     assert len(left) == 1, f"processes were left behind: {left}"
     database = root / "mlflow.db"
     reasons = query(database, "select value from tags where key = 'mis.error'")
