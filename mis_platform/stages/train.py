@@ -362,6 +362,7 @@ def _explained(error: ray.train.TrainingFailedError, job: Job) -> Exception:
     causes = list(getattr(error, "worker_failures", {}).values())
     of_storage = [cause for cause in causes if isinstance(cause, OSError)]
     first = (of_storage or causes or [getattr(error, "controller_failure", error)])[0]  # of workers that never started
+    first = getattr(first, "cause", None) or first  # without Ray's traceback around it
     cause = (str(first).strip() or type(first).__name__).splitlines()[0]  # a MemoryError says nothing
     message = (
         f"training failed {job.resources.max_failures + 1} time(s), the last time with: {cause}; "

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from faults.mlflow_proxy import FaultyProxy, mlflow_server
 from mlflow.tracking import MlflowClient
+from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from training_material import make_material, tiny_run
 
@@ -233,6 +234,9 @@ def test_a_worker_whose_memory_error_says_nothing_is_explained(tmp_path: Path) -
     assert "the last time with: MemoryError; the same command resumes" in str(explained)
     explained = _explained(ControllerError(RuntimeError("the actor died\nat once")), job)
     assert "the last time with: the actor died; the same command resumes" in str(explained)
+    starting = RayTaskError("init_train_context", "ray::RayTrainWorker.init_train_context()", MemoryError())
+    explained = _explained(ControllerError(starting.as_instanceof_cause()), job)
+    assert "the last time with: MemoryError; the same command resumes" in str(explained)
 
 
 # -- a driver that dies ----------------------------------------------------------------------------------------------
