@@ -23,9 +23,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 def ray_tests(file: Path) -> frozenset[str]:
     """The tests of the file that carry the mark; the process that hands tests out knows nothing but their names."""
     module = ast.parse(file.read_bytes())
-    is_whole = any(
-        isinstance(node, ast.Assign) and RAY in ast.unparse(node) for node in module.body
-    )  # pytestmark = ...
+    assignments = (ast.unparse(node) for node in module.body if isinstance(node, ast.Assign))
+    is_whole = any(text.startswith("pytestmark =") and RAY in text for text in assignments)
     functions = (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef))
     return frozenset(each.name for each in functions if is_whole or RAY in map(ast.unparse, each.decorator_list))
 

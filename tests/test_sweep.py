@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -405,6 +406,15 @@ def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_clu
     assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "a placement group was left behind"
     comparison = sweep.run_sweep(prepare(tmp_path, only=["good"]))
     assert comparison.lines[0].state == "done", "the next attempt goes on"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_evaluation_that_hangs_fails_its_row(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+    assert sweep.run_sweep(prepare(tmp_path, only=["good"])).lines[0].state == "done"
+    shutil.rmtree(tmp_path / "clicks")  # trained, but no longer scored: now it is the evaluation that is slow
+    comparison = sweep.run_sweep(prepare(tmp_path, only=["good"], resources=Resources(trial_silence=0.5)))
+    assert "the evaluation gave no sign of life for 0.5 seconds" in comparison.lines[0].reason
 
 
 @pytest.mark.ray

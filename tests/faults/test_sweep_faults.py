@@ -214,9 +214,10 @@ def test_rows_that_raise_hang_and_run_out_of_memory_leave_the_others_alone(exper
     assert f"the training {silence}" in lines["hangs in training"]["reason"]
     assert f"the evaluation {silence}" in lines["hangs in evaluation"]["reason"]
     assert "not finite at step" in lines["diverges"]["reason"]
-    # Where memory is refused decides what is said: a MemoryError, a dead process, "error return without exception set",
-    # or nothing, from a process that hangs.
-    assert lines["no memory"]["reason"]
+    # Where memory is refused decides who tells: Python, C code that has none left for an exception, whoever finds the
+    # process dead, or nobody, when it hangs as it starts.
+    words = ("memory", "MemoryError", "died", "error return without exception set", silence)
+    assert any(word in lines["no memory"]["reason"] for word in words), lines["no memory"]
     assert len(left) == 1, f"processes were left behind: {left}"
     database = root / "mlflow.db"
     reasons = query(database, "select value from tags where key = 'mis.error'")

@@ -536,10 +536,10 @@ def test_wrong_weights_are_named(spoil: Any, message: str, tmp_path: Path, state
 def test_weights_of_another_network_are_refused_at_once(
     name: str, other: str, hint: str, files: dict[str, str]
 ) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else the machine does
     with pytest.raises(ValueError, match=hint):
         build_extractor(FeaturesConfig(extractor=name, weights=files[other]))
-    assert time.perf_counter() - start < 10  # seconds, on a busy machine too
+    assert time.process_time() - start < 3
 
 
 class Evil:
