@@ -355,7 +355,8 @@ def _locate(name: str, layout: Layout, given: Path | None, data_root: Path | Non
     flat = next((root for root in candidates if root.is_dir()), None)
     if name in _MAY_BE_FLAT and flat is not None:
         return flat, flat, flat / layout.masks
-    searched = ", ".join(str(candidate / layout.images) for candidate in candidates)
+    wanted = candidates if name in _MAY_BE_FLAT else [candidate / layout.images for candidate in candidates]
+    searched = ", ".join(map(str, wanted))
     inside = f" (also inside {', '.join(layout.inner[1:])})" if layout.inner[1:] else ""
     hint = "" if given is not None else f"; put it there or say {name}:PATH"
     raise DataError(f"no {name} data: there is no folder {searched}{inside}{hint}")
