@@ -263,6 +263,10 @@ class EvalConfig(Settings):
     zoom_expansion: float = Field(1.4, ge=1)
     zoom_min_crop: int = Field(200, ge=1)  # pixels
     zoom_recompute_iou: float = Field(0.5, ge=0, le=1)
+    # Of the network on a GPU; "tf32" rounds the factors of products to 11 bits, and means fp32 on a CPU.
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+
+    younger: ClassVar[frozenset[str]] = frozenset({"precision"})
 
 
 ROBOT_SETTINGS = ("target_iou", "max_clicks", "min_clicks", "fixed_clicks")  # the other eval.* say how to ask a model

@@ -139,7 +139,7 @@ def network_size(height: int, width: int, patch: int) -> tuple[int, int]:
 
 def prepare(image: np.ndarray, patch: int) -> np.ndarray:
     """The photo, uint8 [H, W, 3] RGB, resized to `network_size` (Pillow's bicubic on 8 bits, as upstream)."""
-    height, width = network_size(*image.shape[:2], patch)
+    height, width = network_size(image.shape[0], image.shape[1], patch)
     if image.shape[:2] == (height, width):
         return image
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mis_platform.threads import in_threads
+
 THRESHOLD = 0.49  # of probabilities, RITM's; the evaluation protocol has its own
 
 
@@ -30,14 +32,14 @@ def append_iterative_clicks(
     assert len(rngs) == batch, f"{batch} images need as many generators, got {len(rngs)}"
     probabilities = probabilities_B1HW.detach()[:, 0].float().cpu().numpy()
     objects = (targets_B1HW.detach()[:, 0] > 0.5).cpu().numpy()
-    updated = points_B2M3.clone()
-    for image, rng in enumerate(rngs):
-        click = error_click(objects[image], probabilities[image], rng)
+    clicks = in_threads(error_click, objects, probabilities, rngs)
+    updated = points_B2M3.cpu().clone()
+    for image, click in enumerate(clicks):
         if click is not None:
             row, column, positive = click
             slot = (limit if positive else slots) - index
             updated[image, slot] = torch.tensor([row, column, index], dtype=updated.dtype)
-    return updated
+    return updated.to(points_B2M3.device)
 
 
 def error_click(
