@@ -77,7 +77,7 @@ def plain_loop(dataset: Dataset, trees: Storage, options: argparse.Namespace) ->
     done = []
     for step in range(schedule.total_steps):
         batch = collate(stream.columns({"number": np.array(schedule.numbers(step))}))
-        loss = learner.step(step, batch)["loss"]
+        loss = learner.step(step, learner.prepare(batch))["loss"]
         done.append(time.perf_counter())
     return measure(began, done, loss, options.batch)
 

@@ -305,7 +305,9 @@ class Resources(Settings):
 
     num_workers: int = Field(1, ge=1)  # training processes
     use_gpu: bool | None = None  # None: if the cluster has one
-    batch_per_device: int = Field(8, ge=1)  # images per forward of training; never changes the effective batch
+    # Images per forward of training, which never changes the effective batch; None: 32 on a GPU (fewer, if its memory
+    # does not hold them), 8 on a CPU.
+    batch_per_device: int | None = Field(None, ge=1)
     extractors: int | None = Field(None, ge=1)  # feature actors; None: one for each GPU, else one for each CPU
     chunk_images: int = Field(16, ge=1)  # photos that travel together through precompute; batches are formed in them
     loaders: int | None = Field(None, ge=1)  # tasks that make training examples; None: from the free CPUs

@@ -622,11 +622,10 @@ def map_in_actors(
     arguments: tuple[Any, ...],
     pool: ray.data.ActorPoolStrategy,
     num_gpus: float | None,
-    rows_at_once: int | None = 1,
+    rows_at_once: int = 1,
 ) -> ray.data.Dataset:
-    """worker: a class whose instances turn a table into a table or several; arguments: of its constructor.
-
-    rows_at_once: of such a table; None: as many as Ray Data keeps in a block, which has 128 MiB unless a row has more.
+    """worker: a class whose instances turn a table of at most `rows_at_once` into a table or several; arguments: of its
+    constructor.
     """
     with warnings.catch_warnings():
         # Announced to go in Ray 2.64, but there is no other way to bound the retries, which are endless by default.
@@ -710,7 +709,7 @@ def in_steps(
     merge_task = functools.partial(merge_photo, data=data, product=product, untrusted=untrusted)
     write_task = functools.partial(write_chunk, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    rows_at_once = 1 if features.batch_size == 1 else None
+    rows_at_once = 1 if features.batch_size == 1 else chunk_images
     described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus, rows_at_once)
     merged = described.map_batches(merge_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     # Half a CPU, so that Ray does not fuse it with merging: such a task would be given the features of a whole chunk.
