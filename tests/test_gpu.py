@@ -5,11 +5,13 @@ import pytest
 import timm
 import torch
 
-from mis_platform.config import EvalConfig, FeaturesConfig
+from mis_platform.config import EvalConfig, FeaturesConfig, Run
 from mis_platform.evaluation.protocol import Sample, evaluate
 from mis_platform.model.features import build_extractor
 from mis_platform.model.losses import smoothness_loss
+from mis_platform.model.replay import Replay
 from mis_platform.model.simpleclick import SimpleClick
+from mis_platform.stages.training_loop import Learner, Schedule, collate, initial_model, optimizer_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,3 +78,44 @@ def test_features_do_not_depend_on_company(precision, tmp_path):
         alone = np.stack([extractor(each[None])[0] for each in photos])
         for order in (rng.permutation(11), rng.permutation(11)[:5]):
             np.testing.assert_array_equal(extractor(photos[order]), alone[order])
+
+
+def test_a_step_of_training():
+    """Colours made ahead, replayed passes and all: the losses of three steps are those of a CPU."""
+    run = Run.model_validate(
+        {"model": {"variant": "vit_xt", "image_size": 224, "init": "random"}, "train": {"batch_size": 4}}
+    )
+    losses = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        model = initial_model(run).to(device).train()
+        schedule = Schedule(100, run.train)
+        learner = Learner(run, schedule, model, model, optimizer_of(model, run.train), device, images_at_once=3)
+        batches = (squares(4, 224, step) for step in range(3))
+        losses.append([learner.step(step, batch)["loss"] for step, batch in enumerate(learner.ahead(batches))])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def squares(count, size, seed):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, size, size), np.uint8)
+    points = np.full((count, 48, 3), -1, np.float32)
+    for mask, clicks in zip(masks, points):
+        y, x = rng.integers(20, size - 80, 2)
+        mask[y : y + 60, x : x + 60] = 1
+        clicks[0] = y + 30, x + 30, 0
+    images = rng.integers(0, 120, (count, size, size, 3), dtype=np.uint8) + 100 * masks[..., None]
+    numbers = seed * count + np.arange(count)
+    return collate(
+        {"image": images, "mask": masks, "points": points, "image_id": numbers.astype(str), "number": numbers}
+    )
+
+
+def test_a_replay_follows_weights_and_inputs():
+    weight = torch.ones(3, device="cuda")
+    replay = Replay(lambda a, b: (a * weight + b).relu())
+    for scale in (1.0, 2.0, -1.0):
+        weight.fill_(scale)
+        for shape in ((2, 3), (5, 3)):
+            a, b = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")
+            torch.testing.assert_close(replay(a, b), (a * weight + b).relu())

@@ -9,10 +9,11 @@ Shape suffixes: B images, H W pixels, N click slots of both signs.
 """
 
 import contextlib
+import functools
 import io
 import json
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from mis_platform.model.losses import (
     normalized_focal_loss_per_sample,
     smoothness_loss_per_sample,
 )
+from mis_platform.model.replay import Replay
 from mis_platform.model.simpleclick import DROPOUT, VARIANTS, SimpleClick, resize_position_embedding
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_mae, load_model, save_model
 from mis_platform.storage import Storage
@@ -276,10 +278,19 @@ class Learner:
         previous = torch.zeros_like(targets)
         self.model.eval()
         for index in range(1, passes + 1):
-            previous = self._forward(self.model, images, previous, points).sigmoid()
+            previous = self._answer(images, previous, points)
             points = append_iterative_clicks(points, previous, targets, index, rngs)
         self.model.train()
         return previous, points
+
+    @functools.cached_property
+    def _answer(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """(images, previous mask, points) -> probabilities [B, 1, H, W], without gradient."""
+
+        def answer(images: Tensor, previous: Tensor, points: Tensor) -> Tensor:
+            return self._forward(self.model, images, previous, points).sigmoid()
+
+        return Replay(answer) if self.device.type == "cuda" else answer
 
     def _forward(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         """Logits, float32. Every pass has its own autocast: its cache of weights must not outlive a no_grad pass."""
