@@ -83,7 +83,7 @@ def quickstart(
     from mis_platform import quickstart as story
 
     run, resources = story.settings(assignments or [])
-    story.tell(_writable(root), run, resources)
+    story.tell(_root(root), run, resources)
 
 
 @app.command()
@@ -309,9 +309,9 @@ def ui(
     os.execvp(command[0], command)
 
 
-@app.command()
+@app.command(context_settings={"allow_interspersed_args": False})  # options behind COMMAND are COMMAND's
 def submit(
-    words: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="e.g. -- run sweep ablation_alpha")],
+    words: Annotated[list[str], typer.Argument(metavar="COMMAND", help="e.g. run sweep ablation_alpha")],
     address: AddressOption = DASHBOARD,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log and return its exit code.")] = True,
     env: Annotated[

@@ -5,9 +5,12 @@ merge trees, a short training, the scores of the untrained and of the trained mo
 is a demonstration: SimpleClick's smallest model, trained from scratch for minutes on a handful of photos.
 """
 
+import shutil
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 from mis_platform import figures, jobs, pipeline, report
 from mis_platform.config import Resources, Run, override, split_resources
@@ -54,6 +57,7 @@ def tell(root: Storage, run: Run, resources: Resources) -> None:
     """Run the story into `root`, a local folder; what an earlier call finished is not done again."""
     if root.local is None:
         raise ValueError(f"the quickstart needs a local folder, not {root}")
+    root.check_writable()
     began = time.monotonic()
     with cluster():
         photos, benchmark = _step(1, "photos and a benchmark from the wheels", lambda: _material(root.local))
@@ -65,13 +69,21 @@ def tell(root: Storage, run: Run, resources: Resources) -> None:
         )
         trained = _step(4, "training", lambda: jobs.train(photos, run, resources, root, EXPERIMENT))
         after = _step(5, "the trained model", lambda: _score(benchmark, trained, run, resources, root, "trained"))
-    pictures = _step(6, "pictures", lambda: _draw(root, photos, benchmark, trees, (untrained, trained), run, resources))
+    curves = {
+        name: _curve(benchmark, model, run, resources, root)
+        for name, model in (("untrained", untrained), ("trained", trained))
+    }
+    pictures = _step(6, "pictures", lambda: _draw(root, photos, benchmark, trees, trained, curves, run, resources))
     print(f"\n{report.summary_table([before, after])}\n")
+    last = ", ".join(f"{name} {curve[-1]:.2f}" for name, curve in curves.items())
+    print(f"mean IoU after {run.eval.max_clicks} clicks: {last}\n")  # NoC hardly tells such small models apart
     print(f"done in {duration(time.monotonic() - began)}; pictures:")
     print("\n".join(f"  {path}" for path in pictures))
-    print("\nthree things to try next:")
+    activate = Path(sys.executable).with_name("activate")
+    first = f", after `. {activate}`" if shutil.which("mis") is None and activate.exists() else ""
+    print(f"\nthree things to try next{first}:")
     print(f"  mis ui --root {root}")
-    print(f"  mis quickstart --root {root} --set sampling.alpha=0.5      # only the second training is new")
+    print(f"  mis quickstart --root {root} --set sampling.alpha=0.8      # only the second training is new")
     print("  mis precompute --dataset folder:YOUR_PHOTOS --set features.extractor=color_texture")
 
 
@@ -92,12 +104,19 @@ def _score(
     return jobs.evaluate([benchmark], model, run, resources, root, EXPERIMENT, name, DRAWN)[0]
 
 
+def _curve(benchmark: Dataset, model: Storage, run: Run, resources: Resources, root: Storage) -> np.ndarray:
+    """Mean IoU after click 1, 2, ... of a model that was scored: float64 [max_clicks]."""
+    clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
+    return report.mean_iou(report.read_table(clicks), run.eval.max_clicks)
+
+
 def _draw(
     root: Storage,
     photos: Dataset,
     benchmark: Dataset,
     trees: Storage,
-    models: tuple[Storage, Storage],
+    model: Storage,
+    curves: dict[str, np.ndarray],
     run: Run,
     resources: Resources,
 ) -> list[Path]:
@@ -105,19 +124,18 @@ def _draw(
     assert root.local is not None
     folder = root.local / "pictures"
     folder.mkdir(exist_ok=True)
-    clicks = [jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root) for model in models]
-    curves = [report.mean_iou(report.read_table(each)) for each in clicks]
-    drawn = {"iou.png": figures.iou_curve(dict(zip(("untrained", "trained"), curves, strict=True)))}
+    drawn = {"iou.png": figures.iou_curve(curves)}
     reader = TreeReader(trees)
     for k, image_id in enumerate(photos.image_ids[:3]):
         drawn[f"merge-levels-{k}.png"] = figures.merge_levels(
             read_image(photos.image_path(image_id)), reader.tree(image_id)
         )
-    replay = jobs.replay_of(models[1], benchmark, run)
-    for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks[1], DRAWN)):
+    replay = jobs.replay_of(model, benchmark, run)
+    clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
+    for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks, DRAWN)):
         drawn[f"clicks-{k}.png"] = figure
-    trained = jobs.trained_with(models[1], run)
-    with jobs.record(root, EXPERIMENT, "trained", jobs.model_fingerprint(models[1]), trained, resources) as tracker:
+    trained = jobs.trained_with(model, run)
+    with jobs.record(root, EXPERIMENT, "trained", jobs.model_fingerprint(model), trained, resources) as tracker:
         for name, figure in drawn.items():
             (folder / name).write_bytes(figures.to_png(figure))
             tracker.log_figure(figure, f"figures/story/{name}")

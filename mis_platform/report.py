@@ -245,7 +245,8 @@ def _notes(scores: Sequence[Score]) -> list[str]:
         if score.excluded:
             notes.append(f"{where}: {len(score.excluded)} objects without a pixel are not scored.")
         if summary.unchanged:
-            notes.append(f"{where}: {summary.unchanged} objects whose mask never changed; the model may be stuck.")
+            objects = "object" if summary.unchanged == 1 else "objects"
+            notes.append(f"{where}: {summary.unchanged} {objects} whose mask never changed; the model may be stuck.")
     return notes
 
 

@@ -205,8 +205,13 @@ class Cluster:
                 self._client.submit_job(**job)
                 return
             except RuntimeError as error:
-                if "No available agent" not in str(error) or not tries_left:
+                if "No available agent" not in str(error):
                     raise
+                if not tries_left:
+                    raise RuntimeError(
+                        "its head takes no jobs, because the agent there does not serve. Where another Ray runs on the "
+                        "same machine, a head needs ports of its own: ray start --dashboard-agent-listen-port PORT"
+                    ) from None
 
     def follow(
         self,

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -34,6 +35,8 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
+# Runners of jobs that nobody sends: eight more processes, and a folder in /dev/shm that stays behind.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -43,6 +46,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mis_platform.artifacts import git_commit
+from mis_platform.errors import DataError
 from mis_platform.redaction import scrub
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
@@ -125,13 +129,30 @@ def probe(root: Storage) -> None:
 
 
 def ui_command(root: Storage, port: int = 5000) -> list[str]:
-    """The command that serves the MLflow UI of this root on the loopback address."""
+    """The command that serves the MLflow UI of this root on the loopback address.
+
+    Raises DataError when there is no store: one that a mistyped root made would be an empty page. Raises ValueError
+    when the port is taken: MLflow says so among other lines and then hangs.
+    """
     uri = tracking_uri(root)
     if uri.startswith(("http://", "https://")):
         raise ValueError(f"the runs are on an MLflow server: open {scrub(uri)} in a browser")
-    connect(root)  # the database must not be made by two processes at once
+    database = _sqlite_file(uri)
+    if database is not None and not database.exists():
+        raise DataError(f"there are no runs yet: {database} does not exist; is it the right --root?")
+    connect(root)  # a store that cannot be opened is told in one line
+    _check_port(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"--port {port}: {(error.strerror or str(error)).lower()}; choose another one") from None
 
 
 def find_model(root: Storage, text: str) -> Storage:

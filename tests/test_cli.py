@@ -43,6 +43,10 @@ def photos(tmp_path: Path) -> Path:
         (["verify", "--root", "/nowhere"], 3, "there are no artifacts in /nowhere"),
         (["submit", "--", "run", "sweep", "ablation_alfa"], 2, "did you mean ablation_alpha?"),
         (["submit", "--", "trian"], 2, "did you mean train?"),
+        (["submit", "run", "sweep", "ablation_alfa", "--profile", "smoke"], 2, "did you mean ablation_alpha?"),
+        (["submit", "run", "sweep", "ablation_alpha", "--profil", "smoke"], 2, "No such option: --profil"),
+        (["ui", "--root", "/nowhere"], 3, "there are no runs yet: /nowhere/mlflow.db does not exist"),
+        (["quickstart", "--root", "s3://bucket/prefix"], 2, "the quickstart needs a local folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -73,7 +73,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"pyarrow"},
         {"artifacts", "config", "data", "errors", "leases", "pipeline", "stages", "storage"},
     ),
-    "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "redaction", "storage"}),
+    "tracking.py": ({"mlflow", "numpy", "matplotlib"}, {"artifacts", "config", "errors", "redaction", "storage"}),
     "report.py": ({"numpy", "pyarrow"}, {"artifacts", "config", "evaluation", "simulation", "storage"}),
     "drawing.py": (
         {"numpy"},

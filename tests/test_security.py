@@ -24,6 +24,7 @@ from commands import mis
 from hostile_files import encoded, hostile_photos, picture, write_all
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+from mis_platform import tracking
 from mis_platform.artifacts import Output, Stage, write_manifest
 from mis_platform.data.benchmarks import LAYOUTS, open_dataset
 from mis_platform.data.trees import TreeReader, tree_row
@@ -467,6 +468,7 @@ def test_the_ui_listens_on_the_loopback_address_only(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    tracking.connect(Storage(str(tmp_path)))  # it refuses a root without runs
     command = [sys.executable, "-m", "mis_platform.cli", "ui", "--root", str(tmp_path), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -1,6 +1,7 @@
 """Jobs on a real Ray: what is sent, how it is followed, the exit codes that come home."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,9 +14,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 import requests
 
 import mis_platform
@@ -186,6 +189,34 @@ def test_an_unreachable_cluster_is_told_in_a_line():
             Cluster(f"http://127.0.0.1:{closed.getsockname()[1]}")
     assert "connection refused" in str(told.value)
     assert len(str(told.value)) < 200
+
+
+class HeadWithoutAgent(BaseHTTPRequestHandler):
+    """What Ray's dashboard answers while nothing on its node takes jobs."""
+
+    def do_GET(self) -> None:
+        self.answer(200, json.dumps({"version": "4", "ray_version": ray.__version__}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(500, "No available agent to submit job, please try again later.")
+
+    def answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *words: object) -> None: ...
+
+
+def test_a_head_whose_port_another_ray_holds_is_told_with_the_cure():
+    with HTTPServer(("127.0.0.1", 0), HeadWithoutAgent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        cluster = Cluster(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConnectionError, match="ray start --dashboard-agent-listen-port"), cluster._explained():
+            cluster._send(entrypoint="true")
+        server.shutdown()
 
 
 # -- on a real cluster -----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from PIL import Image
 
 from mis_platform import tracking
 from mis_platform.config import Resources, Run, fingerprint, flatten
+from mis_platform.errors import DataError
 from mis_platform.storage import Storage
 
 ABOUT: dict[str, Any] = {
@@ -553,10 +554,27 @@ def test_a_store_of_another_kind_is_refused(root: Storage, uri: str, monkeypatch
 
 
 def test_the_ui_stays_on_the_loopback_address(root: Storage) -> None:
-    command = tracking.ui_command(root, port=5123)
+    tracking.connect(root)
+    port = free_port()
+    command = tracking.ui_command(root, port)
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--port") + 1] == "5123"
+    assert command[command.index("--port") + 1] == str(port)
     assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{root.uri}/mlflow.db"
+
+
+def test_no_page_for_a_root_without_runs_or_on_a_taken_port(root: Storage) -> None:
+    mistyped = Storage(f"{root.uri}-mistyped")
+    with pytest.raises(DataError, match=r"there are no runs yet: .*mlflow\.db does not exist"):
+        tracking.ui_command(mistyped, free_port())
+    assert not Path(mistyped.uri).exists(), "a mistyped root must not be made"
+    tracking.connect(root)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: address already in use; choose another one"):
+            tracking.ui_command(root, port)
+    assert str(port) in tracking.ui_command(root, port)
 
 
 def test_a_model_is_found_by_run_or_fingerprint(root: Storage) -> None:
