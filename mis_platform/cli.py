@@ -167,21 +167,20 @@ def evaluate(
     benchmarks = [pipeline.benchmark(spec, data_root, resources.untrusted) for spec in specs]
     if allow_missing:
         benchmarks = [_without_missing(benchmark) for benchmark in benchmarks]
-    storage = _root(root)
     if proposals:
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
         if dry_run:
             return _print_plan([pipeline.overlap_stage(b, each, resources) for b in benchmarks for each in runs], root)
         typer.echo(jobs.score_proposals(benchmarks, runs, resources, _writable(root)))
         return None
-    from mis_platform import report
+    from mis_platform import report, saved_models
 
     if run.method != TRAINED:
         if dry_run:
             return _print_plan([pipeline.method_clicks_stage(each, run, resources) for each in benchmarks], root)
         scores = jobs.evaluate_method(benchmarks, run, resources, _writable(root))
     else:
-        directory = jobs.find_model(storage, model)
+        directory = saved_models.find_model(_root(root), model)
         typer.echo(f"model: {directory}", err=True)
         run, name = _as_imported(run, directory, assignments)
         if dry_run:

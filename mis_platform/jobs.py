@@ -4,10 +4,8 @@ One MLflow run is one model under one click protocol: training fills in the loss
 pictures. The same model and protocol always find the same MLflow run again.
 """
 
-import contextlib
 import functools
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from mis_platform.config import Resources, Run, build, fingerprint, flatten, pla
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
-from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from mis_platform.model.weights import CONFIG_FILE, parse_config
 from mis_platform.simulation.clicks import Click
 from mis_platform.stages.cluster import cluster
 from mis_platform.stages.evaluate import build_click_model
@@ -62,20 +60,6 @@ def train(
         tracker.log_figure(figures.loss_curve(history), "figures/loss.png")
         tracker.set_model(directory)
     return directory
-
-
-def find_model(root: Storage, text: str) -> Storage:
-    """A saved model: as `pipeline.find_model`, or by the id of an MLflow run, or the first digits of its fingerprint.
-
-    Raises DataError that lists the models under `root`.
-    """
-    try:
-        return pipeline.find_model(root, text)
-    except DataError:
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"[0-9a-f]{4,64}", text):
-                return tracking.find_model(root, text)
-        raise
 
 
 def evaluate(
@@ -266,10 +250,8 @@ def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) 
 
 def replay_of(model: Storage, benchmark: Dataset, run: Run) -> Replay:
     """What a saved model answers to clicks, at the size and under the protocol that `run` scores it with."""
-    with model.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
-        size = pipeline.zoom_size_of(benchmark, run)
-        predictor = Predictor.from_pretrained(directory, zoom_size=size, config=run.eval)
-    return functools.partial(report.replay, predictor)
+    size = pipeline.zoom_size_of(benchmark, run)
+    return functools.partial(report.replay, Predictor.from_pretrained(model.uri, zoom_size=size, config=run.eval))
 
 
 def draw_objects(benchmark: Dataset, replay: Replay, clicks: Storage, count: int = PICTURES) -> list[Any]:

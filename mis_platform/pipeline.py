@@ -187,29 +187,6 @@ def zoom_size_of(dataset: Dataset, run: Run) -> int:
     return run.eval.davis_zoom_size if dataset.name == "davis" else run.eval.zoom_size
 
 
-def find_model(root: Storage, text: str) -> Storage:
-    """A saved model: a directory, the first digits of a checkpoint's fingerprint, or "latest".
-
-    Raises DataError that lists what there is.
-    """
-    if text != "latest" and Storage(text).exists("model.safetensors"):
-        return Storage(text)
-    shelf = root.child("checkpoint")
-    finished = [name for name in shelf.names() if shelf.exists(f"{name}/{MANIFEST}")]
-    if text == "latest" and finished:
-        return shelf.child(max(finished, key=lambda name: _created(shelf.child(name))))
-    matching = [name for name in finished if name.startswith(text)]
-    if len(matching) == 1:
-        return shelf.child(matching[0])
-    if not finished:
-        raise DataError(f"there is no trained model under {root}; run `mis train` first, or pass --model DIRECTORY")
-    raise DataError(f"no single model is called {text!r}; under {shelf} there are: {', '.join(finished)}")
-
-
-def _created(directory: Storage) -> str:
-    return str(read_manifest(directory)["information"]["created"])
-
-
 def _model_identity(run: Run) -> dict[str, Any]:
     """The model's settings, with the content of its MAE weights in place of their path; missing weights show here."""
     settings = plain(run.model)

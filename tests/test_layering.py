@@ -20,7 +20,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"cv2", "numpy", "PIL", "safetensors", "timm", "torch", "torchvision"},
         {"config", "errors", "simulation"},
     ),
-    "evaluation": ({"cv2", "numpy", "pyarrow", "scipy", "torch"}, {"config", "errors", "model", "simulation"}),
+    "evaluation": (
+        {"cv2", "numpy", "pyarrow", "scipy", "torch"},
+        {"config", "errors", "model", "saved_models", "simulation", "storage"},
+    ),
     "data": (
         {"cv2", "numpy", "PIL", "pyarrow", "scipy", "skimage", "sklearn", "torch", "torchvision"},
         {"artifacts", "config", "errors", "simulation", "storage"},
@@ -65,6 +68,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "storage.py": ({"pyarrow"}, {"redaction"}),
     "leases.py": (set(), {"storage"}),
     "artifacts.py": (set(), {"config", "errors", "leases", "storage"}),
+    "saved_models.py": (set(), {"artifacts", "errors", "model", "storage", "tracking"}),
     "verification.py": (
         {"pyarrow"},
         {"artifacts", "config", "data", "errors", "leases", "pipeline", "stages", "storage"},
@@ -96,6 +100,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "quickstart",
             "redaction",
             "report",
+            "saved_models",
             "stages",
             "stopping",
             "storage",

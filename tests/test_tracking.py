@@ -39,14 +39,6 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables; making one takes a second or two, so the tests copy it."""
-    folder = tmp_path_factory.mktemp("store")
-    tracking.connect(Storage(str(folder)))
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def root(tmp_path: Path, empty_store: Path) -> Storage:
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
