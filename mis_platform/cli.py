@@ -667,15 +667,16 @@ def _settings(assignments: list[str] | None, untrusted: bool = False, **named: A
 
 def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None) -> "tuple[Run, str | None]":
     """For a model that was imported: the click protocol of its family, where --set says nothing else, and its name."""
-    from mis_platform.model.weights import CONFIG_FILE, eval_config, parse_config
+    from mis_platform.model.weights import eval_config, family_of
+    from mis_platform.saved_models import describe
 
-    config = parse_config(directory.read_bytes(CONFIG_FILE), f"{directory}/{CONFIG_FILE}")
+    config = describe(directory)
     names = [text.partition("=")[0].strip() for text in assignments or []]
     given = [name.removeprefix("eval.") for name in names if name.startswith("eval.")]
     own = eval_config(config, run.eval, given)
-    if "source" not in config:
+    if not isinstance(source := config.get("source"), dict):
         return run.model_copy(update={"eval": own}), None
-    words = [config["family"], config["variant"], config.get("refine"), config["source"].get("file")]
+    words = [family_of(config), config["variant"], config.get("refine"), source.get("file")]
     return run.model_copy(update={"eval": own}), " ".join(word for word in words if word)
 
 

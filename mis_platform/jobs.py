@@ -17,7 +17,7 @@ from mis_platform.config import Resources, Run, build, fingerprint, flatten, pla
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
-from mis_platform.model.weights import CONFIG_FILE, parse_config
+from mis_platform.saved_models import describe
 from mis_platform.simulation.clicks import Click
 from mis_platform.stages.cluster import cluster
 from mis_platform.stages.evaluate import build_click_model
@@ -178,8 +178,7 @@ def _target_title(run: Run) -> str:
 
 def trained_with(model: Storage, run: Run) -> Run:
     """The settings that a saved model was trained with, under the click protocol of `run`."""
-    described = parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}")
-    if not isinstance(trained := described.get("run"), dict):
+    if not isinstance(trained := describe(model).get("run"), dict):
         return run
     try:
         return build(Run, {**trained, "eval": plain(run.eval)})

@@ -1,10 +1,11 @@
 """Saved models by what people call them: a directory, a training's fingerprint, a run in MLflow."""
 
 import re
+from typing import Any
 
 from mis_platform.artifacts import MANIFEST, read_manifest
 from mis_platform.errors import DataError
-from mis_platform.model.weights import WEIGHTS_FILE
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from mis_platform.storage import Storage
 
 LATEST = "latest"
@@ -35,6 +36,15 @@ def find_model(root: Storage, text: str) -> Storage:
             about.append(str(error))
     about.append(f"the trainings in {shelf} are: {', '.join(finished) or 'none, `mis train` makes one'}")
     raise DataError(f"no single model is called {text!r}: {'; '.join(about)}")
+
+
+def describe(model: Storage) -> dict[str, Any]:
+    """The config.json of a saved model. Raises DataError if it is missing, ValueError as `weights.parse_config`."""
+    try:
+        content = model.read_bytes(CONFIG_FILE)
+    except FileNotFoundError:
+        raise DataError(f"{model} holds no model: {CONFIG_FILE} is missing") from None
+    return parse_config(content, f"{model}/{CONFIG_FILE}")
 
 
 def _of_run(root: Storage, text: str) -> Storage:

@@ -82,7 +82,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "sweep.py": (
         {"ray"},
         {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
-        | {"model", "pipeline", "report", "stages", "storage", "tracking", "trial"},
+        | {"model", "pipeline", "report", "saved_models", "stages", "storage", "tracking", "trial"},
     ),
     "trial.py": (
         {"ray"},
