@@ -135,19 +135,13 @@ def _score(
     return scores
 
 
-def score_proposals(
-    benchmarks: Sequence[Dataset],
-    runs: Sequence[Run],
-    resources: Resources,
-    root: Storage,
-    experiment: str = EXPERIMENT,
-) -> str:
+def score_proposals(benchmarks: Sequence[Dataset], runs: Sequence[Run], resources: Resources, root: Storage) -> str:
     """The table of best overlaps: how well the proposals of each run could name the objects, without training."""
     overlaps: list[tuple[str, str, dict[str, Any]]] = []
     for benchmark, run in itertools.product(_labelled(benchmarks), runs):
         name = f"proposals {run.target.source} {run.features.extractor}"
         stage = pipeline.overlap_stage(benchmark, run, resources)
-        with record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
+        with record(root, f"{EXPERIMENT}-proposals", name, stage.fingerprint, run, resources) as tracker:
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})

@@ -280,9 +280,9 @@ class Tracker:
             if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
                 self._post_metrics()
 
-    def log_curve(self, name: str, values: Iterable[float], first_step: int = 1) -> None:
+    def log_curve(self, name: str, values: Iterable[float]) -> None:
         """A whole curve, e.g. the mean IoU after click 1, 2, ...: the step is the number of clicks."""
-        for step, value in enumerate(values, first_step):
+        for step, value in enumerate(values, 1):
             self.log_metrics({name: float(value)}, step)
 
     def log_figure(self, figure: "Figure", path: str) -> None:

@@ -195,9 +195,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_more_points_than_one_batch_holds(root: Storage) -> None:
     with tracking.open_run(root, **ABOUT) as tracker:
-        tracker.log_curve("long", np.arange(2501), first_step=0)
-        tracker.log_curve("long", np.arange(2501), first_step=0)
-    assert points(root, "long") == [(step, float(step)) for step in range(2501)]
+        tracker.log_curve("long", np.arange(2501))
+        tracker.log_curve("long", np.arange(2501))
+    assert points(root, "long") == [(step, step - 1.0) for step in range(1, 2502)]
 
 
 def test_metrics_arrive_while_the_run_lasts(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
