@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch and OpenCV are imported
 
 import cv2
+import numpy as np
 import torch
 from precompute import Measured, measure
 from ray.cluster_utils import Cluster
@@ -90,11 +91,14 @@ def costs_of(photos: Sequence[precompute.Photo], features: FeaturesConfig) -> di
         seconds[step].append(time.perf_counter() - began)
         return result
 
-    precompute.describe(precompute.decode(photos[0], DataConfig()), extractor)  # compiled before it counts
+    def described(photo: precompute.Photo, pixels: np.ndarray) -> np.ndarray:
+        return precompute.describe([precompute.Decoded(photo, pixels)], extractor)[0]
+
+    described(photos[0], precompute.decode(photos[0], DataConfig()))  # compiled before it counts
     for photo in photos:
         pixels = timed("decode", precompute.decode, photo, DataConfig())
-        described = timed("features", precompute.describe, pixels, extractor)
-        rows.append(timed("merge", TREES_PRODUCT.make, photo[0], pixels.shape[:2], described, None))
+        patches = timed("features", described, photo, pixels)
+        rows.append(timed("merge", TREES_PRODUCT.make, photo[0], pixels.shape[:2], patches, None))
     chunk = Resources().chunk_images
     with tempfile.TemporaryDirectory() as folder:
         out, writing, written = Storage(folder), [], 0

@@ -265,6 +265,10 @@ class EvalConfig(Settings):
     zoom_expansion: float = Field(1.4, ge=1)
     zoom_min_crop: int = Field(200, ge=1)  # pixels
     zoom_recompute_iou: float = Field(0.5, ge=0, le=1)
+    # Of the network on a GPU; "tf32" rounds the factors of products to 11 bits, and means fp32 on a CPU.
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+
+    younger: ClassVar[frozenset[str]] = frozenset({"precision"})
 
 
 def check_simpleclick(protocol: EvalConfig) -> None:
@@ -319,7 +323,9 @@ class Resources(Settings):
 
     num_workers: int = Field(1, ge=1)  # training processes
     use_gpu: bool | None = None  # None: if the cluster has one
-    batch_per_device: int = Field(8, ge=1)  # images per forward of training; never changes the effective batch
+    # Images per forward of training, which never changes the effective batch; None: 32 on a GPU (fewer, if its memory
+    # does not hold them), 8 on a CPU.
+    batch_per_device: int | None = Field(None, ge=1)
     extractors: int | None = Field(None, ge=1)  # feature actors; None: one for each GPU, else one for each CPU
     chunk_images: int = Field(16, ge=1)  # photos that travel together through precompute; batches are formed in them
     loaders: int | None = Field(None, ge=1)  # tasks that make training examples; None: from the free CPUs

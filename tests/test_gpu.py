@@ -23,7 +23,7 @@ def test_the_smoothness_loss_and_its_gradient(form):
     logits, image = torch.randn(2, 1, 64, 64, generator=rng), torch.rand(2, 3, 64, 64, generator=rng)
     gradients, losses = [], []
     for device in ("cpu", "cuda"):
-        prediction = logits.to(device).requires_grad_()
+        prediction = logits.detach().to(device).requires_grad_()
         loss = smoothness_loss(prediction, image.to(device), form)
         loss.backward()
         losses.append(loss.item())

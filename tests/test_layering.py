@@ -18,11 +18,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "simulation": ({"numba", "numpy"}, {"config"}),
     "model": (
         {"cv2", "numpy", "PIL", "safetensors", "timm", "torch", "torchvision"},
-        {"config", "errors", "simulation"},
+        {"config", "errors", "simulation", "threads"},
     ),
     "evaluation": (
         {"cv2", "numpy", "pyarrow", "scipy", "torch"},
-        {"config", "errors", "model", "saved_models", "simulation", "storage"},
+        {"config", "errors", "model", "saved_models", "simulation", "storage", "threads"},
     ),
     "data": (
         {"cv2", "numpy", "PIL", "pyarrow", "scipy", "skimage", "sklearn", "torch", "torchvision"},
@@ -61,6 +61,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "config.py": ({"pydantic"}, set()),
     "errors.py": (set(), set()),
     "stopping.py": (set(), {"errors"}),
+    "threads.py": (set(), set()),
     "experiment.py": (set(), {"config"}),
     "comparison.py": ({"numpy"}, {"artifacts", "config", "evaluation", "experiment", "report"}),
     "progress.py": (set(), set()),

@@ -31,7 +31,7 @@ from mis_platform.storage import Storage
 MAX_AUGMENTATIONS = 100  # draws for one example; then a crop without the object is kept
 
 # What a random stream is for: streams of different purposes are independent.
-ORDER, EXAMPLE, NETWORK, PASSES = range(4)
+ORDER, EXAMPLE, NETWORK, PASSES, COLORS = range(5)
 
 
 class Example(NamedTuple):

@@ -20,6 +20,7 @@ from mis_platform.evaluation.click_model import ClickModel
 from mis_platform.evaluation.clicks import iou, next_click
 from mis_platform.evaluation.session import Network, Session, advance, probability, upload
 from mis_platform.simulation.clicks import Click
+from mis_platform.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,8 @@ def _checked(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray
 
 
 def _click_once(network: Network, active: list[_Object], config: EvalConfig, zoom_size: int) -> list[_Object]:
-    clicks: list[Click] = [next_click(each.target, each.prediction, each.session.clicks) for each in active]
+    seen = [(each.target, each.prediction, each.session.clicks) for each in active]
+    clicks: list[Click] = in_threads(next_click, *zip(*seen, strict=True))
     sessions = advance(network, [each.session for each in active], clicks, config, zoom_size)
     masks = [(probability(session) > config.threshold).cpu().numpy() for session in sessions]
     return [

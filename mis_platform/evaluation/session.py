@@ -3,8 +3,9 @@
 Many sessions, also of different photos, go through the network together; each gets the answer it would get alone.
 """
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,8 +90,11 @@ def advance(
 
     A Refiner is asked for one session after the other.
     zoom_size: side of the square network input in pixels, or, with RITM's zoom-in (config.zoom_skip_clicks=1), its
-    longest side. Raises DataError if the network answers NaN.
+    longest side. Raises DataError if the network answers NaN, ValueError for a Refiner with another config.precision
+    than "fp32".
     """
+    if isinstance(network, Refiner) and config.precision != "fp32":
+        raise ValueError(f"eval.precision={config.precision} is not for f-BRS, which needs fp32")
     previous = [probability(session) for session in sessions]
     moved: list[Session] = []
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -106,7 +110,8 @@ def advance(
                 answer, memory = network.refine(planes, on_planes, config, moved[i].memory)
                 moved[i] = replace(moved[i], answer=answer, memory=memory)
             continue
-        answers = _ask(network, torch.stack(inputs), on_input, config.flip)
+        with _arithmetic(config.precision, inputs[0].device.type):
+            answers = _ask(network, torch.stack(inputs), on_input, config.flip)
         for index, answer in zip(indices, answers):
             moved[index] = replace(moved[index], answer=answer.clone())  # not a view that keeps the batch alive
     return moved
@@ -132,6 +137,21 @@ def _place(
 def _window(session: Session) -> Window:
     assert session.window is not None, "a session has a window from its first click on"
     return session.window
+
+
+@contextlib.contextmanager
+def _arithmetic(precision: str, device: str) -> Iterator[None]:
+    """That of matrix products and convolutions within; `precision` as EvalConfig has it."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 def _ask(network: Network, inputs: Tensor, clicks: list[list[Click]], flip: bool) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mis_platform.config import FeaturesConfig
 from mis_platform.model.features import BACKBONES, Backbone
+from mis_platform.model.transfer import to_numpy
 from mis_platform.model.weights import read_state_dict
 
 # All three families were trained on pixels in [0, 1] normalised with these.
@@ -55,7 +56,7 @@ def load(config: FeaturesConfig, backbone: Backbone, path: Path, device: str) ->
             torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"),
         ):
             tokens = patch_tokens(network, normal, config.position_resize, config.layer)
-        return tokens.float().cpu().numpy()
+        return to_numpy(tokens.float())
 
     return describe
 

@@ -90,27 +90,13 @@ class Extractor:
         """Photos of so many patches in every forward pass: `batch_size`, or fewer where they are large."""
         return max(1, min(self.batch_size, BATCH_PATCHES // patches))
 
-    def network_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size in pixels that `prepare` resizes to: side * patch / 8, rounded, then the next multiple of the patch.
-
-        For patch 8 this is the paper's rule, h + p - (h mod p) where p does not divide h. For others the official MIS
-        code enlarges the photo first, so that the grid stays that of patch 8: 500x375 pixels are 63x47 patches.
-        """
-        scaled = (round(side * self.patch_size / GRID_PIXELS) for side in (height, width))
-        new_height, new_width = (-(-side // self.patch_size) * self.patch_size for side in scaled)
-        return new_height, new_width
-
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches for a photo of that many pixels."""
-        new_height, new_width = self.network_size(height, width)
+        new_height, new_width = network_size(height, width, self.patch_size)
         return new_height // self.patch_size, new_width // self.patch_size
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """The photo, uint8 [H, W, 3] RGB, resized to `network_size` (Pillow's bicubic on 8 bits, as upstream)."""
-        height, width = self.network_size(*image.shape[:2])
-        if image.shape[:2] == (height, width):
-            return image
-        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        return prepare(image, self.patch_size)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Features of prepared photos of one size: uint8 [B, H', W', 3] -> float32 [B, N, dim], patches row-major."""
@@ -118,13 +104,11 @@ class Extractor:
         assert batch.ndim == 4, batch.shape
         assert batch.shape[1] % self.patch_size == batch.shape[2] % self.patch_size == 0, batch.shape
         patches = (batch.shape[1] // self.patch_size) * (batch.shape[2] // self.patch_size)
-        features = np.empty((len(batch), patches, self.dim), np.float32)
         count = self.photos_at_once(patches)
         step = count if len(batch) > 1 and self._may_share(batch[0], count) else 1
-        for start in range(0, len(batch), step):
-            group = batch[start : start + step]
-            features[start : start + step] = self.describe(filled_up(group, count))[: len(group)]
-        return features
+        groups = [batch[start : start + step] for start in range(0, len(batch), step)]
+        found = [self.describe(filled_up(group, count))[: len(group)] for group in groups]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _may_share(self, photo: np.ndarray, count: int) -> bool:
         """Whether a photo of this shape has the same features at all `count` places, tried with `photo`."""
@@ -142,11 +126,35 @@ class Extractor:
         return self._trials[photo.shape]
 
 
+def network_size(height: int, width: int, patch: int) -> tuple[int, int]:
+    """The size in pixels that `prepare` resizes to: side * patch / 8, rounded, then the next multiple of the patch.
+
+    For patch 8 this is the paper's rule, h + p - (h mod p) where p does not divide h. For others the official MIS code
+    enlarges the photo first, so that the grid stays that of patch 8: 500x375 pixels are 63x47 patches.
+    """
+    scaled = (round(side * patch / GRID_PIXELS) for side in (height, width))
+    new_height, new_width = (-(-side // patch) * patch for side in scaled)
+    return new_height, new_width
+
+
+def prepare(image: np.ndarray, patch: int) -> np.ndarray:
+    """The photo, uint8 [H, W, 3] RGB, resized to `network_size` (Pillow's bicubic on 8 bits, as upstream)."""
+    height, width = network_size(image.shape[0], image.shape[1], patch)
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def filled_up(photos: np.ndarray, count: int) -> np.ndarray:
     """uint8 [count, H, W, 3]: `photos`, at most as many, and copies of the last one."""
     if len(photos) == count:
         return photos
     return np.concatenate([photos, np.repeat(photos[-1:], count - len(photos), axis=0)])
+
+
+def patch_size(config: FeaturesConfig) -> int:
+    """Pixels of the resized photo along a side of a patch."""
+    return GRID_PIXELS if config.extractor == WITHOUT_WEIGHTS else BACKBONES[config.extractor].patch
 
 
 def build_extractor(config: FeaturesConfig, device: str = "cpu") -> Extractor:

@@ -7,7 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mis_platform.model.transfer import to_numpy
+from mis_platform.threads import in_threads
+
 THRESHOLD = 0.49  # of probabilities, RITM's; the evaluation protocol has its own
+MISSED, FALSE = 1, 2  # kinds of errors: pixels of the object, and others
 
 
 def append_iterative_clicks(
@@ -28,30 +32,31 @@ def append_iterative_clicks(
     limit = slots // 2
     assert 1 <= index <= limit, f"index {index} is outside 1..{limit}"
     assert len(rngs) == batch, f"{batch} images need as many generators, got {len(rngs)}"
-    probabilities = probabilities_B1HW.detach()[:, 0].float().cpu().numpy()
-    objects = (targets_B1HW.detach()[:, 0] > 0.5).cpu().numpy()
-    updated = points_B2M3.clone()
-    for image, rng in enumerate(rngs):
-        click = error_click(objects[image], probabilities[image], rng)
+    clicks = in_threads(error_click, to_numpy(find_errors(probabilities_B1HW, targets_B1HW)), rngs)
+    updated = points_B2M3.cpu().clone()
+    for image, click in enumerate(clicks):
         if click is not None:
             row, column, positive = click
             slot = (limit if positive else slots) - index
             updated[image, slot] = torch.tensor([row, column, index], dtype=updated.dtype)
-    return updated
+    return updated.to(points_B2M3.device)
 
 
-def error_click(
-    object_mask: np.ndarray, probability: np.ndarray, rng: np.random.Generator
-) -> tuple[int, int, bool] | None:
+def find_errors(probabilities_B1HW: Tensor, targets_B1HW: Tensor) -> Tensor:
+    """uint8 [B, H, W]: MISSED, FALSE, or 0 where the prediction is right."""
+    probabilities, objects = probabilities_B1HW.detach()[:, 0].float(), targets_B1HW[:, 0] > 0.5
+    missed, false = objects & (probabilities < THRESHOLD), ~objects & (probabilities > THRESHOLD)
+    return MISSED * missed.byte() + FALSE * false.byte()
+
+
+def error_click(errors: np.ndarray, rng: np.random.Generator) -> tuple[int, int, bool] | None:
     """(row, column, positive) uniform over the inner half of the deeper kind of error, or None without error.
 
-    object_mask: bool [H, W]; probability: float32 [H, W]. The depth of an error pixel is its distance in pixels to
-    the nearest pixel without that error (OpenCV's 5x5 approximation; the frame counts as no error). The click is
-    positive iff the deepest missed object pixel is deeper than the deepest false one; pixels deeper than half of it
-    qualify.
+    errors: uint8 [H, W], see `find_errors`. The depth of an error pixel is its distance in pixels to the nearest pixel
+    without that error (OpenCV's 5x5 approximation; the frame counts as no error). The click is positive iff the deepest
+    missed object pixel is deeper than the deepest false one; pixels deeper than half of it qualify.
     """
-    missed = _depth(object_mask & (probability < THRESHOLD))
-    false = _depth(~object_mask & (probability > THRESHOLD))
+    missed, false = _depth(errors == MISSED), _depth(errors == FALSE)
     deepest_missed, deepest_false = missed.max(), false.max()
     positive = bool(deepest_missed > deepest_false)
     depth, deepest = (missed, deepest_missed) if positive else (false, deepest_false)

@@ -307,8 +307,21 @@ def join_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
 # -- neck and head ---------------------------------------------------------------------------------------------------
 
 
+class _Norm(nn.GroupNorm):
+    """Over all channels and pixels of an image. On a GPU PyTorch's own gives an image to one multiprocessor."""
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        if not x_BChw.is_cuda:
+            return super().forward(x_BChw)
+        with torch.autocast("cuda", enabled=False):
+            x = x_BChw if x_BChw.dtype == torch.float64 else x_BChw.float()
+            variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
+            scale = self.weight[:, None, None] * torch.rsqrt(variance + self.eps)
+            return torch.addcmul(self.bias[:, None, None] - mean * scale, x, scale).to(x_BChw.dtype)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(1, channels)
+    return _Norm(1, channels)
 
 
 def _double(inputs: int, outputs: int) -> nn.ConvTranspose2d:
@@ -374,13 +387,28 @@ class Head(nn.Module):
 
     def forward(self, levels: list[Tensor], dropout_BC: Tensor | None) -> Tensor:
         """Logits [B, 1, ...] at the size of levels[0]."""
-        size = levels[0].shape[-2:]
-        reduced = [conv(level) for conv, level in zip(self.convs, levels, strict=True)]
-        aligned = [F.interpolate(level, size=size, mode="bilinear", align_corners=False) for level in reduced]
-        fused = self.fusion_conv(torch.cat(aligned, dim=1))
+        fused = self._fuse([conv(level) for conv, level in zip(self.convs, levels, strict=True)])
         if self.training and dropout_BC is not None:
             fused = fused * dropout_BC.to(fused.dtype)[:, :, None, None]
         else:
             fused = F.dropout2d(fused, DROPOUT, self.training)
         logits: Tensor = self.conv_seg(fused)
         return logits
+
+    def _fuse(self, levels: list[Tensor]) -> Tensor:
+        """`fusion_conv` of all levels enlarged to the first and joined.
+
+        A 1x1 convolution commutes with enlarging, so each level gets its share of it while it is small.
+        """
+        conv = self.fusion_conv.conv
+        finest, *others = zip(levels, conv.weight.chunk(len(levels), dim=1), strict=True)
+        fused = F.conv2d(*finest, conv.bias)
+        for level, weight in others:
+            fused = fused + _enlarge(F.conv2d(level, weight), fused.shape[-2:])
+        return F.relu(fused)
+
+
+def _enlarge(x_BChw: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, in the type that `x` has: autocast would widen it first, and round it just the same after that."""
+    with torch.autocast(x_BChw.device.type, enabled=False):
+        return F.interpolate(x_BChw, size=size, mode="bilinear", align_corners=False)

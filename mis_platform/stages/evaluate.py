@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ OVERLAP_VERSION = 2  # of `evaluate_proposals`
 GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU
 
 CHUNK_IMAGES = 8  # photos in a part, at least
+WORKERS_PER_GPU = 4  # processes that share it: the simulated user takes longer than the network
 ROUNDS = 4  # forwards' worth of objects in a chunk, so that a GPU is not left half full for long
 POLL_SECONDS = 1.0
 SILENT_SECONDS = 30.0  # without an answer of a worker: one that has nothing to do takes over its chunk
@@ -86,7 +88,8 @@ def evaluate_model(
         gpus = _gpus(resources)
         batch = resources.eval_batch if gpus else 1
         job = Clicking(_absolute(dataset), model_dir, config, zoom_size, batch, "cuda" if gpus else "cpu")
-        found = _score(job, max(CHUNK_IMAGES, ROUNDS * batch), resources, gpus, out)
+        share = math.ceil(len(dataset) / _workers(resources, gpus))  # a small benchmark is for all workers, too
+        found = _score(job, max(CHUNK_IMAGES, min(ROUNDS * batch, share)), resources, gpus, out)
     protocol = {"fingerprint": protocol_fingerprint(config, zoom_size), "zoom_size": zoom_size, **_settings(config)}
     return _clicks_output(dataset, found, protocol)
 
@@ -354,7 +357,6 @@ class Worker:
     def score(self, job: Job, image_ids: Sequence[str]) -> Scored:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
-        torch.backends.cudnn.allow_tf32 = False  # the same float32 everywhere
         self.begun = 0, 0
         return job.score(image_ids, self.tell)
 
@@ -392,8 +394,12 @@ def _score(job: Job, chunk_images: int, resources: Resources, gpus: int, out: St
     return sorted(found, key=lambda each: each.part.name)
 
 
+def _workers(resources: Resources, gpus: int) -> int:
+    return resources.eval_workers or WORKERS_PER_GPU * gpus or cluster.cpus()
+
+
 def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
-    count = resources.eval_workers or gpus or cluster.cpus()
+    count = _workers(resources, gpus)
     options: Row = {"num_cpus": min(1.0, cluster.CPU_SHARE * cluster.cpus() / count)}
     if gpus:
         options["num_gpus"] = min(1.0, gpus / count)

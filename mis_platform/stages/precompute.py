@@ -15,7 +15,8 @@ Notable choices:
   are, and large trees are written before a chunk is finished: no process's memory grows with the data set but for the
   driver's list of its files.
 * **Without a GPU each worker does all steps of its chunk**: what is cheap to compute is not worth sending. With GPUs,
-  their workers only describe; CPU tasks decode before and merge after them.
+  their workers only describe, several on each GPU, so that it computes for one while others move pixels and features;
+  CPU tasks decode and resize before and merge after them.
 """
 
 import functools
@@ -48,7 +49,7 @@ from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
 from mis_platform.errors import DataError
-from mis_platform.model.features import Extractor, build_extractor
+from mis_platform.model.features import Extractor, build_extractor, patch_size, prepare
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
 from mis_platform.stages.products import TREES_PRODUCT, Product
@@ -82,6 +83,7 @@ CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have no
 MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest lists every part
 MAX_CHUNK = 128  # photos that they grow to: a training reads a whole part to get at one tree
 PART_BYTES = 32 * 2**20  # of rows in memory; a chunk with more becomes several parts
+EXTRACTORS_PER_GPU = 4  # processes that share it: moving a photo's features takes longer than computing them
 WINDOW_BYTES = 32 * 2**20  # of pixels that wait for others of their size; one photo more than that may be held
 
 Step = TypeVar("Step")
@@ -105,11 +107,19 @@ class Decoded(NamedTuple):
 
     photo: Photo
     pixels: np.ndarray | Refused  # uint8 [H, W, 3]
+    resized_from: tuple[int, int] | None = None  # (height, width) of the photo, if `pixels` are what the network takes
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels, 0 where there are none."""
-        return (0, 0) if isinstance(self.pixels, Refused) else (self.pixels.shape[0], self.pixels.shape[1])
+        """(height, width) of the photo in pixels, 0 where there are none."""
+        if isinstance(self.pixels, Refused):
+            return 0, 0
+        return self.resized_from or (self.pixels.shape[0], self.pixels.shape[1])
+
+    def prepared(self, extractor: Extractor) -> np.ndarray:
+        """What the network takes, see `Extractor.prepare`."""
+        pixels = cast(np.ndarray, self.pixels)
+        return extractor.prepare(pixels) if self.resized_from is None else pixels
 
 
 class Found(NamedTuple):
@@ -221,12 +231,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def describe(pixels: np.ndarray, extractor: Extractor) -> np.ndarray:
-    """Patch features float32 [gh, gw, C] of a photo uint8 [H, W, 3]."""
-    height, width = pixels.shape[:2]
-    return extractor(extractor.prepare(pixels)[None])[0].reshape(*extractor.grid(height, width), -1)
-
-
 # -- photos in company -----------------------------------------------------------------------------------------------
 
 Finish = Callable[[Decoded, np.ndarray | Refused], Result]  # of features float32 [gh, gw, C]
@@ -249,7 +253,7 @@ def _windows(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decod
     held = 0  # bytes
     for each in decoded:
         window.append(each)
-        held += 3 * each.size[0] * each.size[1]
+        held += 0 if isinstance(each.pixels, Refused) else each.pixels.nbytes
         if held >= limit:
             yield window
             window, held = [], 0
@@ -283,22 +287,22 @@ def _groups(window: Sequence[Decoded], extractor: Extractor) -> Iterator[list[in
 def _describe_group(group: Sequence[Decoded], extractor: Extractor) -> Iterable[np.ndarray | Refused]:
     """Features float32 [gh, gw, C] of photos of one network size."""
     if len(group) > 1:
-        together = attempt(group[0].photo, "features", functools.partial(_describe_together, group, extractor))
+        together = attempt(group[0].photo, "features", functools.partial(describe, group, extractor))
         if not isinstance(together, Refused):
             return together
     return (_describe_one(each, extractor) for each in group)
 
 
-def _describe_together(group: Sequence[Decoded], extractor: Extractor) -> np.ndarray:
-    prepared = np.stack([extractor.prepare(cast(np.ndarray, each.pixels)) for each in group])
-    return extractor(prepared).reshape(len(group), *extractor.grid(*group[0].size), -1)
-
-
 def _describe_one(decoded: Decoded, extractor: Extractor) -> np.ndarray | Refused:
-    pixels = decoded.pixels
-    if isinstance(pixels, Refused):
-        return pixels
-    return attempt(decoded.photo, "features", lambda: describe(pixels, extractor))
+    if isinstance(decoded.pixels, Refused):
+        return decoded.pixels
+    return attempt(decoded.photo, "features", lambda: describe([decoded], extractor)[0])
+
+
+def describe(group: Sequence[Decoded], extractor: Extractor) -> np.ndarray:
+    """Patch features float32 [B, gh, gw, C] of photos of one network size."""
+    prepared = np.stack([each.prepared(extractor) for each in group])
+    return extractor(prepared).reshape(len(group), *extractor.grid(*group[0].size), -1)
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -572,7 +576,7 @@ def _gpus(resources: Resources) -> int:
 
 def _workers(resources: Resources, gpus: int) -> int:
     """Processes that describe photos."""
-    return resources.extractors or gpus or cluster.cpus()
+    return resources.extractors or EXTRACTORS_PER_GPU * gpus or cluster.cpus()
 
 
 def read_records(records: ray.data.Dataset) -> Iterator[Row]:
@@ -618,11 +622,10 @@ def map_in_actors(
     arguments: tuple[Any, ...],
     pool: ray.data.ActorPoolStrategy,
     num_gpus: float | None,
-    rows_at_once: int | None = 1,
+    rows_at_once: int = 1,
 ) -> ray.data.Dataset:
-    """worker: a class whose instances turn a table into a table or several; arguments: of its constructor.
-
-    rows_at_once: of such a table; None: as many as Ray Data keeps in a block, which has 128 MiB unless a row has more.
+    """worker: a class whose instances turn a table of at most `rows_at_once` into a table or several; arguments: of its
+    constructor.
     """
     with warnings.catch_warnings():
         # Announced to go in Ray 2.64, but there is no other way to bound the retries, which are endless by default.
@@ -682,7 +685,7 @@ TRAVELLING = pa.schema(
         "height": pa.int32(),  # pixels
         "width": pa.int32(),
         "shape": pa.list_(pa.int32()),
-        # uint8 pixels [H, W, 3], then float32 features [gh, gw, C], then what was made of them: an Arrow stream
+        # uint8 pixels of the network's size, then float32 features [gh, gw, C], then what was made: an Arrow stream
         "values": pa.large_binary(),
         "refused": pa.list_(pa.string()),  # the fields of a Refused, else null
     }
@@ -702,21 +705,26 @@ def in_steps(
     untrusted: bool = False,
 ) -> ray.data.Dataset:
     """Tasks decode, actors that keep the network on their GPU describe, tasks merge, tasks write."""
-    decode_task = functools.partial(decode_chunk, data=data, untrusted=untrusted)
+    decode_task = functools.partial(decode_chunk, features=features, data=data, untrusted=untrusted)
     merge_task = functools.partial(merge_photo, data=data, product=product, untrusted=untrusted)
     write_task = functools.partial(write_chunk, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    rows_at_once = 1 if features.batch_size == 1 else None
+    rows_at_once = 1 if features.batch_size == 1 else chunk_images
     described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus, rows_at_once)
     merged = described.map_batches(merge_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     # Half a CPU, so that Ray does not fuse it with merging: such a task would be given the features of a whole chunk.
     return merged.map_batches(write_task, batch_size=chunk_images, batch_format="pyarrow", num_cpus=0.5)
 
 
-def decode_chunk(chunk: pa.Table, data: DataConfig, untrusted: bool = False) -> Iterator[pa.Table]:
+def decode_chunk(
+    chunk: pa.Table, features: FeaturesConfig, data: DataConfig, untrusted: bool = False
+) -> Iterator[pa.Table]:
     for photo in photos_of(chunk):
         decoded = Decoded(photo, attempt(photo, "decode", functools.partial(decode, photo, data, untrusted)))
-        yield pack(photo, decoded.size, decoded.pixels)
+        pixels = decoded.pixels
+        if not isinstance(pixels, Refused):
+            pixels = attempt(photo, "features", functools.partial(prepare, pixels, patch_size(features)))
+        yield pack(photo, decoded.size, pixels)
 
 
 class FeatureWorker:
@@ -731,14 +739,14 @@ class FeatureWorker:
 
 
 def arrived(travelling: pa.Table) -> Decoded:
-    photo, _, pixels = unpack(travelling.to_pylist()[0], np.uint8)
-    return Decoded(photo, pixels)
+    photo, size, pixels = unpack(travelling, np.uint8)
+    return Decoded(photo, pixels, size)
 
 
 def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrusted: bool = False) -> pa.Table:
     """Pixels are decoded again where a product needs them: they are what is large."""
     _warm_up(product)
-    photo, size, features = unpack(travelling.to_pylist()[0], np.float32)
+    photo, size, features = unpack(travelling, np.float32)
     if isinstance(features, Refused):
         return travelling
 
@@ -752,7 +760,7 @@ def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrus
 def write_chunk(travelling: pa.Table, out: Storage, product: Product) -> pa.Table:
     def results() -> Iterator[Row | Refused]:
         for k in range(len(travelling)):
-            _, _, made = unpack(travelling.slice(k, 1).to_pylist()[0], np.uint8)
+            _, _, made = unpack(travelling.slice(k, 1), np.uint8)
             yield made if isinstance(made, Refused) else pa.ipc.open_stream(made).read_all().to_pylist()[0]
 
     return finish_chunk(results(), out, product)
@@ -774,16 +782,20 @@ def _warm_up(product: Product) -> None:
 def pack(photo: Photo, size: tuple[int, ...], content: np.ndarray | Refused) -> pa.Table:
     row: Row = {"image_id": photo[0], "path": photo[1], "height": size[0], "width": size[1]}
     if isinstance(content, Refused):
-        row["refused"] = list(content)
-    else:
-        row |= {"shape": content.shape, "values": content.tobytes()}
-    return pa.Table.from_pylist([row], schema=TRAVELLING)
+        return pa.Table.from_pylist([row | {"refused": list(content)}], schema=TRAVELLING)
+    table = pa.Table.from_pylist([row | {"shape": content.shape}], schema=TRAVELLING)
+    # Not copied: for features, each copy takes as long as a GPU takes to compute them.
+    buffers = [None, pa.py_buffer(np.array([0, content.nbytes])), pa.py_buffer(np.ascontiguousarray(content))]
+    values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers)
+    return table.set_column(TRAVELLING.get_field_index("values"), TRAVELLING.field("values"), values)
 
 
-def unpack(row: Row, dtype: type[np.generic]) -> tuple[Photo, tuple[int, int], np.ndarray | Refused]:
+def unpack(travelling: pa.Table, dtype: type[np.generic]) -> tuple[Photo, tuple[int, int], np.ndarray | Refused]:
+    """(photo, its size in pixels, what travels with it) of a table of one row. The array is read-only."""
+    row = travelling.drop_columns("values").to_pylist()[0]
     content = (
         Refused(*row["refused"])
         if row["refused"] is not None
-        else np.frombuffer(row["values"], dtype).reshape(row["shape"])
+        else np.frombuffer(travelling["values"][0].as_buffer(), dtype).reshape(row["shape"])
     )
     return (row["image_id"], row["path"]), (row["height"], row["width"]), content

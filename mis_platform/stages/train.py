@@ -67,8 +67,9 @@ from mis_platform.stages.training_loop import (
 )
 from mis_platform.storage import Storage, StorageError
 
-VERSION = 1
+VERSION = 2  # 2: colours have random numbers of their own
 
+IMAGES_ON_GPU, IMAGES_ON_CPU = 32, 8  # of a forward pass; a CPU's caches hold few
 EXAMPLES_PER_TASK = 8
 PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which may wait finished for a worker
 STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap
@@ -204,7 +205,7 @@ def _train_on_cluster(
     cluster.quiet_data()
     scaling, loaders, threads = plan(resources)
     job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
-    channel = cluster.beside(Channel, resources.batch_per_device)
+    channel = cluster.beside(Channel, images_at_once(resources))
     with cluster.scratch("mis-ray-train-") as storage_path:
         trainer = ray.train.torch.TorchTrainer(
             lambda: _work(job, channel),
@@ -245,6 +246,11 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
     per_worker = {"CPU": reserved, "GPU": 1} if use_gpu else {"CPU": reserved}
     scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=per_worker)
     return scaling, max(1, loaders // workers), max(1, cpus // workers)
+
+
+def images_at_once(resources: Resources) -> int:
+    """Images of a forward pass, to begin with: a GPU that is too small for them gets half as many, and so on."""
+    return resources.batch_per_device or (IMAGES_ON_GPU if uses_gpu(resources) else IMAGES_ON_CPU)
 
 
 def uses_gpu(resources: Resources) -> bool:
@@ -416,7 +422,10 @@ def _train_steps(job: Job, channel: Any, pulse: Pulse, images_at_once: int) -> N
     notices = Notices(pulse, learner.device)
     reported = None
     began = 0.0
-    with contextlib.closing(load(job, start, rank, workers)) as batches:
+    with (
+        contextlib.closing(load(job, start, rank, workers)) as loaded,
+        contextlib.closing(learner.ahead(loaded)) as batches,
+    ):
         pulse.says(LOADING, start)
         for done, batch in zip(range(start + 1, job.schedule.total_steps + 1), batches, strict=True):
             began = began or time.perf_counter()  # waiting for the first batch says nothing about the rest

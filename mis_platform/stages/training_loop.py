@@ -1,7 +1,7 @@
 """Training on one device, without Ray: schedule, step, checkpoints.
 
 What decides the result is the global batch. Losses are means over it; every random number of an example (dropout,
-colours, iterative clicks) comes from the example's own generator, the number of click passes from the step's. So
+colours, iterative clicks) comes from the example's own generators, the number of click passes from the step's. So
 neither the number of workers nor the size of a forward pass changes more than the order of floating-point additions.
 (Over many steps that may grow: a pixel on the edge of an error region can move a click.)
 
@@ -12,7 +12,8 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mis_platform.config import Run, TrainConfig, plain
-from mis_platform.data.examples import NETWORK, PASSES, generator
+from mis_platform.data.examples import COLORS, NETWORK, PASSES, generator
 from mis_platform.errors import TrainingDiverged
 from mis_platform.model.augmentation import augment_colors
 from mis_platform.model.interaction import append_iterative_clicks
@@ -138,14 +139,20 @@ class Batch(NamedTuple):
     image_ids: Sequence[str]
     numbers: Sequence[int]
 
-    def part(self, start: int, stop: int) -> "Batch":
-        return Batch(
-            self.images[start:stop],
-            self.masks[start:stop],
-            self.points[start:stop],
-            self.image_ids[start:stop],
-            self.numbers[start:stop],
-        )
+
+class Prepared(NamedTuple):
+    """Examples on the device of their worker."""
+
+    images: Tensor  # float32 [B, 3, H, W], RGB in [0, 1]
+    colored: Tensor  # the same in other colours: what the network is trained on
+    targets: Tensor  # float32 [B, 1, H, W], 1 object
+    points: Tensor  # float32 [B, N, 3]
+    image_ids: Sequence[str]
+    numbers: Sequence[int]
+
+    def part(self, start: int, stop: int) -> "Prepared":
+        columns: Any = (column[start:stop] for column in self)
+        return Prepared(*columns)
 
 
 def collate(columns: dict[str, np.ndarray]) -> Batch:
@@ -166,7 +173,37 @@ class Learner:
     device: torch.device
     images_at_once: int  # of a forward pass; gradients are accumulated over the worker's share of the batch
 
-    def step(self, step: int, batch: Batch) -> dict[str, float]:
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Prepared:
+        """What of a step does not depend on the weights."""
+        rngs = [generator(self.run.train.seed, COLORS, number) for number in batch.numbers]
+        images, targets, points = self._upload(batch)
+        colored = augment_colors(images, rngs) if self.run.augment.color_augmentation else images
+        return Prepared(images, colored, targets, points, batch.image_ids, batch.numbers)
+
+    def ahead(self, batches: Iterable[Batch]) -> Generator[Prepared, None, None]:
+        """Each of them prepared; on a GPU by another thread, while the batch before it is learnt from."""
+        if self.device.type != "cuda":
+            yield from map(self.prepare, batches)
+            return
+        stream, iterator = torch.cuda.Stream(self.device), iter(batches)
+
+        def prepare_next() -> Prepared | None:
+            with torch.cuda.stream(stream):
+                batch = next(iterator, None)
+                prepared = None if batch is None else self.prepare(batch)
+            stream.synchronize()
+            return prepared
+
+        with ThreadPoolExecutor(1, "prepare") as pool:
+            following = pool.submit(prepare_next)
+            while (prepared := following.result()) is not None:
+                for tensor in prepared[:4]:
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+                following = pool.submit(prepare_next)
+                yield prepared
+
+    def step(self, step: int, batch: Prepared) -> dict[str, float]:
         """Update the weights with this worker's share of the global batch of `step`; metrics of the whole batch.
 
         All workers call it with the same step. Raises TrainingDiverged, on all of them, before a loss or gradient that
@@ -193,7 +230,7 @@ class Learner:
             "learning_rate": rate,
         }
 
-    def _backward(self, step: int, batch: Batch) -> Tensor:
+    def _backward(self, step: int, batch: Prepared) -> Tensor:
         """Accumulate the gradient; [B, 3] on `device`: mask loss, smoothness and IoU of each image."""
         passes = int(generator(self.run.train.seed, PASSES, step).integers(self.run.clicks.iterative_clicks + 1))
         count = len(batch.numbers)
@@ -213,16 +250,14 @@ class Learner:
             return self.network.no_sync()
         return contextlib.nullcontext()
 
-    def _values(self, batch: Batch, passes: int) -> Tensor:
+    def _values(self, batch: Prepared, passes: int) -> Tensor:
         """Mask loss, smoothness (both with gradient) and IoU of each image: [B, 3]."""
-        config = self.run.train
-        images, targets, points = self._upload(batch)
+        config, targets = self.run.train, batch.targets
         rngs = [generator(config.seed, NETWORK, number) for number in batch.numbers]
-        previous, points = self._interact(images, targets, points, passes, rngs)
-        colored = augment_colors(images, rngs) if self.run.augment.color_augmentation else images
-        logits = self._forward(self.network, colored, previous, points, self._draw_dropout(rngs))
+        previous, points = self._interact(batch.images, targets, batch.points, passes, rngs)
+        logits = self._forward(self.network, batch.colored, previous, points, self._draw_dropout(rngs))
         mask_loss = MASK_LOSSES[config.loss](logits, targets)
-        smoothness = smoothness_loss_per_sample(logits, images, config.smooth_form)
+        smoothness = smoothness_loss_per_sample(logits, batch.images, config.smooth_form)
         return torch.stack([mask_loss, smoothness, overlap(logits.detach(), targets)], dim=1)
 
     def _upload(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mis_platform.config import NETWORK_EXTRACTORS, FeaturesConfig
 from mis_platform.model import backbones, color_texture, features, hub
-from mis_platform.model.features import BACKBONES, Extractor, build_extractor, weights_digest
+from mis_platform.model.features import BACKBONES, Extractor, build_extractor, network_size, weights_digest
 
 State = dict[str, Tensor]
 SMALL = ("dino_vits8", "dino_vits16", "dinov2_vits14", "dinov3_vits16")
@@ -289,16 +289,16 @@ def of_patch(patch: int) -> Extractor:
 
 
 def test_golden_sizes() -> None:
-    assert of_patch(8).network_size(375, 500) == (376, 504)
-    assert of_patch(16).network_size(375, 500) == (752, 1008)
-    assert of_patch(14).network_size(375, 500) == (658, 882)
+    assert network_size(375, 500, 8) == (376, 504)
+    assert network_size(375, 500, 16) == (752, 1008)
+    assert network_size(375, 500, 14) == (658, 882)
     assert {of_patch(patch).grid(375, 500) for patch in (8, 14, 16)} == {(47, 63)}
 
 
 @given(st.integers(1, 7000), st.integers(1, 7000))
 def test_all_extractors_share_one_grid_and_the_papers_rule(height: int, width: int) -> None:
     expected = tuple(side if side % 8 == 0 else side + 8 - side % 8 for side in (height, width))
-    assert of_patch(8).network_size(height, width) == expected
+    assert network_size(height, width, 8) == expected
     for patch in (8, 14, 16):
         assert of_patch(patch).grid(height, width) == (expected[0] // 8, expected[1] // 8)
 

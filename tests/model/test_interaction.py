@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage, stats
 from torch import Tensor
 
-from mis_platform.model.interaction import append_iterative_clicks, error_click
+from mis_platform.model.interaction import append_iterative_clicks, error_click, find_errors
 
 SLOTS = 24
 
@@ -22,6 +22,14 @@ def batch_of(objects: np.ndarray, probabilities: np.ndarray) -> tuple[Tensor, Te
     return points, torch.from_numpy(probabilities).float()[:, None], torch.from_numpy(objects).float()[:, None]
 
 
+def click_on(
+    object_mask: np.ndarray, probability: np.ndarray, rng: np.random.Generator
+) -> tuple[int, int, bool] | None:
+    """Of an object, bool [H, W], and its prediction, float32 [H, W]."""
+    _, probabilities, targets = batch_of(object_mask[None], probability[None])
+    return error_click(find_errors(probabilities, targets)[0].numpy(), rng)
+
+
 def rectangle(shape: tuple[int, int], rows: slice, columns: slice) -> np.ndarray:
     mask = np.zeros(shape, bool)
     mask[rows, columns] = True
@@ -31,7 +39,7 @@ def rectangle(shape: tuple[int, int], rows: slice, columns: slice) -> np.ndarray
 def test_a_missed_object_gets_a_positive_click_in_its_inner_half() -> None:
     object_mask = rectangle((60, 60), slice(10, 31), slice(5, 46))  # 21 x 41 pixels, deepest 11 from the outside
     inner = rectangle((60, 60), slice(15, 26), slice(10, 41))  # depth > 5.5
-    draws = [error_click(object_mask, np.zeros((60, 60), np.float32), rng_of(0, i)) for i in range(3000)]
+    draws = [click_on(object_mask, np.zeros((60, 60), np.float32), rng_of(0, i)) for i in range(3000)]
     assert all(draw is not None and draw[2] for draw in draws)
     counts = np.zeros((60, 60), int)
     np.add.at(counts, tuple(np.array([draw[:2] for draw in draws if draw is not None]).T), 1)
@@ -43,14 +51,14 @@ def test_the_deeper_error_decides_the_sign_and_a_tie_is_negative() -> None:
     missed = rectangle((40, 80), slice(5, 20), slice(5, 20))
     for false_side, positive in [(13, True), (15, False), (17, False)]:
         false = rectangle((40, 80), slice(5, 5 + false_side), slice(40, 40 + false_side))
-        click = error_click(missed, false.astype(np.float32), rng_of(1))
+        click = click_on(missed, false.astype(np.float32), rng_of(1))
         assert click is not None
         assert click[2] is positive
         assert (missed if positive else false)[click[:2]]
 
 
 def test_the_frame_counts_as_no_error() -> None:
-    draws = [error_click(np.ones((21, 21), bool), np.zeros((21, 21), np.float32), rng_of(2, i)) for i in range(500)]
+    draws = [click_on(np.ones((21, 21), bool), np.zeros((21, 21), np.float32), rng_of(2, i)) for i in range(500)]
     rows = np.array([draw[0] for draw in draws if draw is not None])
     assert (rows.min(), rows.max()) == (5, 15)  # depth 11 in the middle; without the frame all 21 rows would do
 
@@ -68,7 +76,7 @@ def test_depth_is_opencv_s_five_by_five_approximation() -> None:
             continue
         differing += 1
         rng = rng_of(4, seed)
-        hits = {error_click(blob, np.zeros(blob.shape, np.float32), rng) for _ in range(30 * int(allowed.sum()))}
+        hits = {click_on(blob, np.zeros(blob.shape, np.float32), rng) for _ in range(30 * int(allowed.sum()))}
         assert {hit[:2] for hit in hits if hit is not None} == set(map(tuple, np.argwhere(allowed)))
         if differing == 3:
             return
@@ -78,9 +86,9 @@ def test_depth_is_opencv_s_five_by_five_approximation() -> None:
 def test_thresholds_are_strict() -> None:
     object_mask = rectangle((8, 8), slice(0, 8), slice(0, 4))
     at_threshold = np.full((8, 8), 0.49, np.float32)
-    assert error_click(object_mask, at_threshold, rng_of(5)) is None
-    above = error_click(object_mask, np.nextafter(at_threshold, np.float32(1)), rng_of(5))
-    below = error_click(object_mask, np.nextafter(at_threshold, np.float32(0)), rng_of(5))
+    assert click_on(object_mask, at_threshold, rng_of(5)) is None
+    above = click_on(object_mask, np.nextafter(at_threshold, np.float32(1)), rng_of(5))
+    below = click_on(object_mask, np.nextafter(at_threshold, np.float32(0)), rng_of(5))
     assert above is not None
     assert below is not None
     assert (above[2], below[2]) == (False, True)

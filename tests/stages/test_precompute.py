@@ -272,7 +272,7 @@ def test_workers_leave_untrusted_photos_to_a_child(
     (made,) = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).rows([photo])
     assert isinstance(made, dict)
     np.testing.assert_array_equal(made["children"], expected["children"])
-    (decoded,) = precompute.decode_chunk(chunk, DataConfig(), untrusted=True)
+    (decoded,) = precompute.decode_chunk(chunk, FEATURES, DataConfig(), untrusted=True)
     (described,) = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
     for product in (TREES_PRODUCT, tokencut):
         merged = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
@@ -592,7 +592,7 @@ def test_batches_change_nothing_however_they_are_formed(
     expected, extractor = {}, build_extractor(batched)
     for image_id in dataset.image_ids:
         image = read_image(dataset.image_path(image_id))
-        tree = merge(precompute.describe(image, extractor))  # a batch of copies
+        tree = merge(precompute.describe([precompute.Decoded(("", b""), image)], extractor)[0])  # of copies
         expected[image_id] = (tree.children.ravel().tolist(), tree.costs.tolist())
     dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
     out = Storage(str(tmp_path / "out"))
