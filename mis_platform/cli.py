@@ -167,21 +167,20 @@ def evaluate(
     benchmarks = [pipeline.benchmark(spec, data_root, resources.untrusted) for spec in specs]
     if allow_missing:
         benchmarks = [_without_missing(benchmark) for benchmark in benchmarks]
-    storage = _root(root)
     if proposals:
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
         if dry_run:
             return _print_plan([pipeline.overlap_stage(b, each, resources) for b in benchmarks for each in runs], root)
         typer.echo(jobs.score_proposals(benchmarks, runs, resources, _writable(root)))
         return None
-    from mis_platform import report
+    from mis_platform import report, saved_models
 
     if run.method != TRAINED:
         if dry_run:
             return _print_plan([pipeline.method_clicks_stage(each, run, resources) for each in benchmarks], root)
         scores = jobs.evaluate_method(benchmarks, run, resources, _writable(root))
     else:
-        directory = jobs.find_model(storage, model)
+        directory = saved_models.find_model(_root(root), model)
         typer.echo(f"model: {directory}", err=True)
         run, name = _as_imported(run, directory, assignments)
         if dry_run:
@@ -668,15 +667,16 @@ def _settings(assignments: list[str] | None, untrusted: bool = False, **named: A
 
 def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None) -> "tuple[Run, str | None]":
     """For a model that was imported: the click protocol of its family, where --set says nothing else, and its name."""
-    from mis_platform.model.weights import CONFIG_FILE, eval_config, parse_config
+    from mis_platform.model.weights import eval_config, family_of
+    from mis_platform.saved_models import describe
 
-    config = parse_config(directory.read_bytes(CONFIG_FILE), f"{directory}/{CONFIG_FILE}")
+    config = describe(directory)
     names = [text.partition("=")[0].strip() for text in assignments or []]
     given = [name.removeprefix("eval.") for name in names if name.startswith("eval.")]
     own = eval_config(config, run.eval, given)
-    if "source" not in config:
+    if not isinstance(source := config.get("source"), dict):
         return run.model_copy(update={"eval": own}), None
-    words = [config["family"], config["variant"], config.get("refine"), config["source"].get("file")]
+    words = [family_of(config), config["variant"], config.get("refine"), source.get("file")]
     return run.model_copy(update={"eval": own}), " ".join(word for word in words if word)
 
 

@@ -19,6 +19,8 @@ TRAINED = "model"  # the trained click model
 CLASSICAL_METHODS = ("graphcut", "random_walk", "geodesic", "gsc", "esc")  # of Table 1, they need no training
 _OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+WINDOW = 224  # pixels: side of an attention window of SimpleClick, hence of its smallest input
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16"]
 
@@ -219,7 +221,7 @@ class ModelConfig(Settings):
     """The click model (SimpleClick)."""
 
     variant: Literal["vit_b", "vit_l", "vit_h", "vit_xt"] = "vit_b"
-    image_size: int = Field(448, ge=224, multiple_of=224)  # pixels, square training crop; windows are 224 pixels
+    image_size: int = Field(448, ge=WINDOW, multiple_of=WINDOW)  # pixels, square training crop
     init: Literal["mae", "random"] = "mae"
     init_weights: str | None = None  # local MAE file; None: timm's from the hub
 
@@ -257,8 +259,8 @@ class EvalConfig(Settings):
     min_clicks: int = Field(1, ge=1)
     fixed_clicks: bool = False  # never stop: what IoU-click curves need (Figure 6)
     flip: bool = True
-    zoom_size: int = Field(448, ge=224, multiple_of=224)  # pixels
-    davis_zoom_size: int = Field(672, ge=224, multiple_of=224)  # pixels
+    zoom_size: int = Field(448, ge=1)  # pixels; not every model takes every size: see `check_simpleclick`
+    davis_zoom_size: int = Field(672, ge=1)  # pixels
     zoom_skip_clicks: Literal[-1, 1] = -1  # SimpleClick and MIS | RITM
     zoom_expansion: float = Field(1.4, ge=1)
     zoom_min_crop: int = Field(200, ge=1)  # pixels
@@ -267,6 +269,22 @@ class EvalConfig(Settings):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
     younger: ClassVar[frozenset[str]] = frozenset({"precision"})
+
+
+def check_simpleclick(protocol: EvalConfig) -> None:
+    """ValueError for a click protocol that SimpleClick cannot follow, and so no model that is trained here.
+
+    Its input is a square of whole windows at every click; imported models of other families take more.
+    """
+    for name in ("zoom_size", "davis_zoom_size"):
+        size = getattr(protocol, name)
+        if size % WINDOW:
+            allowed = ", ".join(str(k * WINDOW) for k in (1, 2, 3))
+            raise ValueError(f"eval.{name}={size}: SimpleClick takes multiples of {WINDOW} pixels ({allowed}, ...)")
+    if protocol.zoom_skip_clicks != -1:
+        raise ValueError(
+            f"eval.zoom_skip_clicks={protocol.zoom_skip_clicks}: SimpleClick takes squares from the first click on, -1"
+        )
 
 
 ROBOT_SETTINGS = ("target_iou", "max_clicks", "min_clicks", "fixed_clicks")  # the other eval.* say how to ask a model

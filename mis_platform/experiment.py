@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mis_platform.config import TRAINED, Run, flatten, nearest, override, with_values
+from mis_platform.config import TRAINED, Run, check_simpleclick, flatten, nearest, override, with_values
 
 PAPER_PROFILE = "paper"  # the only profile whose numbers may be measured against the paper's
 Measure = Literal["clicks", "overlap"]
@@ -38,6 +38,10 @@ class Row:
     pretraining: Run | None = None  # start from the model of this run (fine-tuning, Table 2)
     quoted: str = ""  # where the numbers come from, for a row that does not run here
     against: str = ""  # the row that it is compared with, where that is not the experiment's default
+
+    def __post_init__(self) -> None:
+        if self.run.method == TRAINED:
+            check_simpleclick(self.run.eval)
 
     def seeds(self, asked: int) -> int:
         """How often it is run: a method without training answers the same every time."""

@@ -224,15 +224,11 @@ def _click_legend() -> list[Line2D]:
 # -- curves ----------------------------------------------------------------------------------------------------------
 
 
-def iou_curve(
-    curves: Mapping[str, Sequence[float] | np.ndarray],
-    thresholds: Sequence[float] = (0.85, 0.90),
-    bands: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
-) -> Figure:
+def iou_curve(curves: Mapping[str, Sequence[float] | np.ndarray], thresholds: Sequence[float] = (0.85, 0.90)) -> Figure:
     """Mean IoU over the number of clicks, one line a label (the paper's Figure 6).
 
-    curves: label -> mean IoU in [0, 1] after click 1, 2, ...; thresholds: dotted lines; bands: label -> lower and upper
-    limit at each click. The label of the vertical axis says where it starts if that is not 0.
+    curves: label -> mean IoU in [0, 1] after click 1, 2, ...; thresholds: dotted lines. The label of the vertical axis
+    says where it starts if that is not 0.
     """
     is_beside = len(curves) > MANY
     figure = Figure(figsize=(6 + 1.8 * is_beside, 4.2), layout="constrained", dpi=DPI)
@@ -240,8 +236,6 @@ def iou_curve(
     for (label, values), colour, marker, dash in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
         clicks = np.arange(1, len(values) + 1)
         panel.plot(clicks, values, color=colour, marker=marker, linestyle=dash, markersize=4.5, label=label)
-        if bands and label in bands:
-            panel.fill_between(clicks, *bands[label], color=colour, alpha=0.15, linewidth=0)
     for threshold in thresholds:
         panel.axhline(threshold, color="0.45", linestyle=":", linewidth=1)
         panel.annotate(
@@ -269,9 +263,8 @@ def noc_bars(
     lows: Sequence[float],
     highs: Sequence[float],
     paper: Sequence[float],
-    label: str = "NoC@90",
 ) -> Figure:
-    """Clicks needed by each row of a table, with intervals, and the paper's numbers as hollow diamonds.
+    """Clicks that each row of a table needs for 90 % IoU, with intervals, and the paper's numbers as hollow diamonds.
 
     names: one a row, from the top down; values: our means, in clicks; lows, highs: their intervals; paper: its numbers.
     NaN where there is none. Marks, not colours, tell ours from the paper's. Raises ValueError if the lengths differ.
@@ -296,7 +289,7 @@ def noc_bars(
     panel.set_yticks(rows, names)
     panel.set_ylim(len(names) - 0.4, -0.6)
     panel.set_xlim(left=0)
-    panel.set_xlabel(f"{label}, clicks (fewer is better)")
+    panel.set_xlabel("NoC@90, clicks (fewer is better)")
     panel.grid(axis="x", alpha=0.25)
     panel.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)

@@ -4,10 +4,8 @@ One MLflow run is one model under one click protocol: training fills in the loss
 pictures. The same model and protocol always find the same MLflow run again.
 """
 
-import contextlib
 import functools
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from mis_platform.config import Resources, Run, build, fingerprint, flatten, pla
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
-from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, parse_config
+from mis_platform.saved_models import describe
 from mis_platform.simulation.clicks import Click
 from mis_platform.stages.cluster import cluster
 from mis_platform.stages.evaluate import build_click_model
@@ -62,20 +60,6 @@ def train(
         tracker.log_figure(figures.loss_curve(history), "figures/loss.png")
         tracker.set_model(directory)
     return directory
-
-
-def find_model(root: Storage, text: str) -> Storage:
-    """A saved model: as `pipeline.find_model`, or by the id of an MLflow run, or the first digits of its fingerprint.
-
-    Raises DataError that lists the models under `root`.
-    """
-    try:
-        return pipeline.find_model(root, text)
-    except DataError:
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(r"[0-9a-f]{4,64}", text):
-                return tracking.find_model(root, text)
-        raise
 
 
 def evaluate(
@@ -151,19 +135,13 @@ def _score(
     return scores
 
 
-def score_proposals(
-    benchmarks: Sequence[Dataset],
-    runs: Sequence[Run],
-    resources: Resources,
-    root: Storage,
-    experiment: str = EXPERIMENT,
-) -> str:
+def score_proposals(benchmarks: Sequence[Dataset], runs: Sequence[Run], resources: Resources, root: Storage) -> str:
     """The table of best overlaps: how well the proposals of each run could name the objects, without training."""
     overlaps: list[tuple[str, str, dict[str, Any]]] = []
     for benchmark, run in itertools.product(_labelled(benchmarks), runs):
         name = f"proposals {run.target.source} {run.features.extractor}"
         stage = pipeline.overlap_stage(benchmark, run, resources)
-        with record(root, f"{experiment}-proposals", name, stage.fingerprint, run, resources) as tracker:
+        with record(root, f"{EXPERIMENT}-proposals", name, stage.fingerprint, run, resources) as tracker:
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
@@ -194,8 +172,7 @@ def _target_title(run: Run) -> str:
 
 def trained_with(model: Storage, run: Run) -> Run:
     """The settings that a saved model was trained with, under the click protocol of `run`."""
-    described = parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}")
-    if not isinstance(trained := described.get("run"), dict):
+    if not isinstance(trained := describe(model).get("run"), dict):
         return run
     try:
         return build(Run, {**trained, "eval": plain(run.eval)})
@@ -266,10 +243,8 @@ def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) 
 
 def replay_of(model: Storage, benchmark: Dataset, run: Run) -> Replay:
     """What a saved model answers to clicks, at the size and under the protocol that `run` scores it with."""
-    with model.on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
-        size = pipeline.zoom_size_of(benchmark, run)
-        predictor = Predictor.from_pretrained(directory, zoom_size=size, config=run.eval)
-    return functools.partial(report.replay, predictor)
+    size = pipeline.zoom_size_of(benchmark, run)
+    return functools.partial(report.replay, Predictor.from_pretrained(model.uri, zoom_size=size, config=run.eval))
 
 
 def draw_objects(benchmark: Dataset, replay: Replay, clicks: Storage, count: int = PICTURES) -> list[Any]:

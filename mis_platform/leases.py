@@ -106,16 +106,10 @@ def last_holder(directory: Storage) -> Lease | None:
     return None if lease is None or _is_released(directory, lease) else lease
 
 
-def is_alive(directory: Storage, patience: float = PATIENCE) -> bool:
-    """Whether an attempt works on the directory; takes up to `patience` seconds where only watching tells."""
-    lease = last_holder(directory)
-    return lease is not None and not _is_dead(lease) and _moves(directory, lease, patience)
-
-
 def _take(directory: Storage) -> Lease:
     before = read_lease(directory)
     is_free = before is None or _is_dead(before) or _was_local(directory, before) or _is_released(directory, before)
-    if before is not None and not is_free and _moves(directory, before, PATIENCE):
+    if before is not None and not is_free and _moves(directory, before):
         raise StorageError(f"another mis process is working on {directory}: {before}; wait for it or stop it")
     mine = Lease(
         attempt=uuid.uuid4().hex,
@@ -148,11 +142,11 @@ def _is_released(directory: Storage, lease: Lease) -> bool:
     return beat is not None and beat.is_last
 
 
-def _moves(directory: Storage, lease: Lease, patience: float) -> bool:
+def _moves(directory: Storage, lease: Lease) -> bool:
     """Whether the lease's holder gives a sign of life while we watch, or another attempt takes it."""
     before, began = _beat_of(directory, lease), time.monotonic()
-    while time.monotonic() - began < patience:
-        time.sleep(min(POLL_SECONDS, patience))
+    while time.monotonic() - began < PATIENCE:
+        time.sleep(POLL_SECONDS)
         if read_lease(directory) != lease:
             return True
         now = _beat_of(directory, lease)

@@ -11,13 +11,14 @@ from typing import Any
 
 from mis_platform.artifacts import MANIFEST, REPAIR, Stage, read_manifest, sha256
 from mis_platform.baselines.sources import source_settings
-from mis_platform.config import Resources, Run, fingerprint, plain
+from mis_platform.config import Resources, Run, check_simpleclick, fingerprint, plain
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import robot_settings
 from mis_platform.model.features import features_identity
-from mis_platform.model.weights import WEIGHTS_FILE, fetch_mae
+from mis_platform.model.weights import WEIGHTS_FILE, family_of, fetch_mae
+from mis_platform.saved_models import describe
 from mis_platform.stages import evaluate, initial, precompute, train
 from mis_platform.stages.products import SourceProposals
 from mis_platform.storage import Storage
@@ -81,8 +82,10 @@ def checkpoint_stage(
     """A click model trained on simulated interactions (paper section 3.2). on_metrics: called with step and losses.
 
     pretraining: a stage that leaves a model, which is the start of this training instead of model.init (Table 2).
-    Raises DataError when target.source=labels and `dataset` has none, ValueError for a pretraining of another variant.
+    Raises DataError when target.source=labels and `dataset` has none, ValueError for a pretraining of another variant
+    and for a click protocol that the model could not be scored with.
     """
+    check_simpleclick(run.eval)
     inputs = target_inputs(dataset, run, resources)
     if pretraining is not None:
         _check_variant(run, pretraining)
@@ -111,7 +114,12 @@ def initial_stage(run: Run) -> Stage:
 
 
 def clicks_stage(dataset: Dataset, run: Run, resources: Resources, model: Stage | Storage) -> Stage:
-    """Every click of the robot on every object of a benchmark. model: a stage, or a directory with a saved model."""
+    """Every click of the robot on every object of a benchmark. model: a stage, or a directory with a saved model.
+
+    Raises ValueError for a click protocol that the model cannot follow.
+    """
+    if isinstance(model, Stage) or family_of(describe(model)) == "simpleclick":
+        check_simpleclick(run.eval)
     zoom_size = zoom_size_of(dataset, run)
     config: dict[str, Any] = {"dataset": dataset.digest(masks=True), "eval": plain(run.eval), "zoom_size": zoom_size}
     evaluate_on = functools.partial(evaluate.evaluate_model, dataset)
@@ -185,29 +193,6 @@ def method_fingerprint(run: Run) -> str:
 def zoom_size_of(dataset: Dataset, run: Run) -> int:
     """Pixels of the zoomed-in crop: DAVIS has its own (SimpleClick's evaluation)."""
     return run.eval.davis_zoom_size if dataset.name == "davis" else run.eval.zoom_size
-
-
-def find_model(root: Storage, text: str) -> Storage:
-    """A saved model: a directory, the first digits of a checkpoint's fingerprint, or "latest".
-
-    Raises DataError that lists what there is.
-    """
-    if text != "latest" and Storage(text).exists("model.safetensors"):
-        return Storage(text)
-    shelf = root.child("checkpoint")
-    finished = [name for name in shelf.names() if shelf.exists(f"{name}/{MANIFEST}")]
-    if text == "latest" and finished:
-        return shelf.child(max(finished, key=lambda name: _created(shelf.child(name))))
-    matching = [name for name in finished if name.startswith(text)]
-    if len(matching) == 1:
-        return shelf.child(matching[0])
-    if not finished:
-        raise DataError(f"there is no trained model under {root}; run `mis train` first, or pass --model DIRECTORY")
-    raise DataError(f"no single model is called {text!r}; under {shelf} there are: {', '.join(finished)}")
-
-
-def _created(directory: Storage) -> str:
-    return str(read_manifest(directory)["information"]["created"])
 
 
 def _model_identity(run: Run) -> dict[str, Any]:

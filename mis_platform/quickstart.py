@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mis_platform import figures, jobs, pipeline, report
-from mis_platform.config import Resources, Run, override, split_resources
+from mis_platform.config import Resources, Run, check_simpleclick, override, split_resources
 from mis_platform.data import synthetic
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.images import read_image
@@ -50,7 +50,9 @@ RESOURCES = ["num_workers=2", "log_every=5", "checkpoint_every=100"]
 def settings(assignments: list[str]) -> tuple[Run, Resources]:
     """The quickstart's Run and Resources, with the command line's changes on top."""
     deciding, wide = split_resources(assignments)
-    return override(Run(), SETTINGS + deciding), override(Resources(), RESOURCES + wide)
+    run = override(Run(), SETTINGS + deciding)
+    check_simpleclick(run.eval)
+    return run, override(Resources(), RESOURCES + wide)
 
 
 def tell(root: Storage, run: Run, resources: Resources) -> None:

@@ -164,7 +164,7 @@ def published_table(scores: Sequence[Score]) -> str:
     return text_table([(score.model, score.summary) for score in scores])
 
 
-def overlap_table(overlaps: Sequence[tuple[str, str, Mapping[str, Any]]], markdown: bool = False) -> str:
+def overlap_table(overlaps: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
     """How well proposals could name the objects. overlaps: (source, data set, summary of its `overlap` artifact)."""
     header = ["proposals", "data set", "objects", "mean best IoU", "median", "above .5", "above .7", "above .85"]
     header += ["per photo", "median size", "left out"]
@@ -176,7 +176,7 @@ def overlap_table(overlaps: Sequence[tuple[str, str, Mapping[str, Any]]], markdo
         + [f"{about['proposals']:.1f}", f"{about['median_proposal_area']:.1%}", str(len(about["excluded"]))]
         for source, dataset, about in overlaps
     ]
-    return markdown_table([header, *rows]) if markdown else plain_table([header, *rows])
+    return plain_table([header, *rows])
 
 
 def check_protocols(scores: Sequence[Score]) -> None:

@@ -218,15 +218,14 @@ class Cluster:
         name: str,
         say: Callable[[str], None] = print,
         note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-        patience: float = PATIENCE,
     ) -> Job:
         """Say every line of the job's log, each once, until the job is over.
 
         The connection may break: the log is read again from where it was. Raises ConnectionError when the cluster is
-        away for longer than `patience` seconds, or has come back without the job.
+        away for longer than PATIENCE seconds, or has come back without the job.
         """
         self.job(name)
-        return asyncio.run(_Follower(self, name, say, note, patience).run())
+        return asyncio.run(_Follower(self, name, say, note).run())
 
     def _refuse_twin(self, identity: str) -> None:
         with self._explained():
@@ -270,10 +269,8 @@ class Cluster:
 class _Follower:
     """Reads a log that is only ever appended to; a new connection starts at its beginning and skips what was said."""
 
-    def __init__(
-        self, cluster: Cluster, name: str, say: Callable[[str], None], note: Callable[[str], None], patience: float
-    ) -> None:
-        self._cluster, self._name, self._say, self._note, self._patience = cluster, name, say, note, patience
+    def __init__(self, cluster: Cluster, name: str, say: Callable[[str], None], note: Callable[[str], None]) -> None:
+        self._cluster, self._name, self._say, self._note = cluster, name, say, note
         self._said = 0  # characters of the log that were taken
         self._line = ""  # the beginning of a line whose end has not come
         self._away_since: float | None = None
@@ -316,8 +313,8 @@ class _Follower:
             now = time.monotonic()
             if self._away_since is None:
                 self._away_since = now
-                self._note(f"the connection is lost, the job may go on; trying for {duration(self._patience)}: {error}")
-            if now - self._away_since > self._patience:
+                self._note(f"the connection is lost, the job may go on; trying for {duration(PATIENCE)}: {error}")
+            if now - self._away_since > PATIENCE:
                 raise ConnectionError(f"{error} Gave up following {self._name}") from None
             return None
         except UnknownJob:

@@ -41,7 +41,8 @@ from mis_platform.data import synthetic
 from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
 from mis_platform.experiment import Experiment, Row, load_experiment
-from mis_platform.model.weights import CONFIG_FILE, licence_of, parse_config
+from mis_platform.model.weights import licence_of
+from mis_platform.saved_models import describe
 from mis_platform.stages import cluster, train
 from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
@@ -591,7 +592,7 @@ def _register(sweep: Sweep, task: Task, parent: tracking.Tracker) -> None:
     if model.local is None:
         print(f"sweep: the best model is not registered in MLflow, which takes local files: {model}", file=sys.stderr)
         return
-    licence = licence_of(parse_config(model.read_bytes(CONFIG_FILE), f"{model}/{CONFIG_FILE}"))
+    licence = licence_of(describe(model))
     side = task.run.model.image_size
     parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
 

@@ -158,16 +158,23 @@ def _check_port(port: int) -> None:
 def find_model(root: Storage, text: str) -> Storage:
     """The checkpoint directory of an MLflow run, by run id or by the first digits of its fingerprint.
 
-    Raises ValueError when no run, or more than one, matches.
+    Raises ValueError when no run, or more than one, matches, and when there is no store, or it does not answer.
     """
+    uri = tracking_uri(root)
+    database = _sqlite_file(uri)
+    if database is not None and not database.exists():  # looking for a model makes no files
+        raise ValueError(f"there is no MLflow store {database}")
     client = connect(root)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = [run for run in _search(client, experiments, f"tags.`{MODEL}` LIKE '%'") if _is_called(run, text)]
+    try:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = [run for run in _search(client, experiments, f"tags.`{MODEL}` LIKE '%'") if _is_called(run, text)]
+    except MlflowException as error:
+        raise ValueError(f"the MLflow store {scrub(uri)} cannot be asked: {_first_line(error)}") from None
     found = {run.data.tags[MODEL] for run in runs}
     if len(found) == 1:
         return Storage(found.pop())
     what = "no run with a model" if not found else f"{len(found)} models"
-    raise ValueError(f"{what} in {scrub(tracking_uri(root))} for {text!r}; give a run id or a longer fingerprint")
+    raise ValueError(f"{what} in {scrub(uri)} for {text!r}; give a run id or a longer fingerprint")
 
 
 def _is_called(run: Run, text: str) -> bool:
@@ -294,9 +301,9 @@ class Tracker:
             if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
                 self._post_metrics()
 
-    def log_curve(self, name: str, values: Iterable[float], first_step: int = 1) -> None:
+    def log_curve(self, name: str, values: Iterable[float]) -> None:
         """A whole curve, e.g. the mean IoU after click 1, 2, ...: the step is the number of clicks."""
-        for step, value in enumerate(values, first_step):
+        for step, value in enumerate(values, 1):
             self.log_metrics({name: float(value)}, step)
 
     def log_figure(self, figure: "Figure", path: str) -> None:

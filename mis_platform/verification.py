@@ -7,7 +7,7 @@ unpacks to before unpacking.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,17 +71,17 @@ class Verdict:
         return "\n".join([*lines, total])
 
 
-def verify(root: Storage, names: Iterable[str] = (), on_part: Callable[[int], None] = lambda count: None) -> Verdict:
+def verify(root: Storage, names: Iterable[str] = ()) -> Verdict:
     """Look at every part of the artifacts called `names` ("trees/0123", a beginning is enough), or of all of them.
 
-    on_part: told how many parts were looked at. Raises DataError for a name that fits none, and for an empty root.
+    Raises DataError for a name that fits none, and for an empty root.
     """
     verdict = Verdict()
     for artifact in _chosen(root, list(names)):
         directory = root.child(*artifact.split("/"))
         if directory.exists(MANIFEST):
             verdict.artifacts += 1
-            _verify_artifact(directory, artifact, verdict, on_part)
+            _verify_artifact(directory, artifact, verdict)
         else:
             holder = last_holder(directory)
             by = f", in the hands of {holder}" if holder is not None else ""
@@ -112,7 +112,7 @@ def _artifacts(root: Storage) -> Iterator[str]:
 # -- one artifact ----------------------------------------------------------------------------------------------------
 
 
-def _verify_artifact(directory: Storage, artifact: str, verdict: Verdict, on_part: Callable[[int], None]) -> None:
+def _verify_artifact(directory: Storage, artifact: str, verdict: Verdict) -> None:
     def complain(part: str, what: str) -> None:
         verdict.problems.append(Problem(artifact, part, what))
 
@@ -135,7 +135,6 @@ def _verify_artifact(directory: Storage, artifact: str, verdict: Verdict, on_par
                     complain(name, f"image {image_id!r} is in {seen[image_id]} too")
             verdict.parts += 1
             verdict.bytes += sizes[name] or 0
-            on_part(verdict.parts)
     verdict.notes += _left_over(directory, artifact, known={*parts, *OWN_FILES})
     return None
 

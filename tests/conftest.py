@@ -54,6 +54,19 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store with its tables; making one takes seconds, so tests copy it to ROOT/mlflow.db."""
+    from mis_platform import tracking
+    from mis_platform.storage import Storage
+
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking.connect(Storage(str(folder)))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it (starting one takes 5-10 s)."""
     from mis_platform.stages.cluster import cluster

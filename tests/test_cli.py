@@ -41,6 +41,8 @@ def photos(tmp_path: Path) -> Path:
         (["data", "verify", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
         (["eval", "--dataset", "grabcut:/nowhere"], 3, "/nowhere"),
         (["verify", "--root", "/nowhere"], 3, "there are no artifacts in /nowhere"),
+        (["run", "sweep", "ablation_alpha", "--set", "eval.zoom_size=400"], 2, "multiples of 224 pixels"),
+        (["quickstart", "--set", "eval.davis_zoom_size=300"], 2, "multiples of 224 pixels"),
         (["submit", "--", "run", "sweep", "ablation_alfa"], 2, "did you mean ablation_alpha?"),
         (["submit", "--", "trian"], 2, "did you mean train?"),
         (["submit", "run", "sweep", "ablation_alfa", "--profile", "smoke"], 2, "did you mean ablation_alpha?"),

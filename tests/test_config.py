@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mis_platform.config import Resources, Run, canonical, differences, fingerprint, flatten, override, plain
+from mis_platform.config import (
+    EvalConfig,
+    Resources,
+    Run,
+    canonical,
+    check_simpleclick,
+    differences,
+    fingerprint,
+    flatten,
+    override,
+    plain,
+)
 
 
 def test_defaults_are_the_paper():
@@ -33,6 +44,9 @@ def test_defaults_are_the_paper():
         ("train.epochs=0", "greater than or equal to 1"),
         ("model.variant=vit_g", "'vit_b', 'vit_l', 'vit_h' or 'vit_xt'"),
         ("model.image_size=300", "multiple of 224"),
+        ("eval.zoom_size=0", "eval.zoom_size=0: Input should be greater than or equal to 1"),
+        ("eval.davis_zoom_size=400.5", "eval.davis_zoom_size=400.5: Input should be a valid integer"),
+        ("eval.zoom_skip_clicks=0", "-1 or 1"),
         ("clicks.border_probability=0.9", "must be 1"),
         ("target.fraction=0.1", "they need target.source=labels"),
         ("target.subset=random", "they need target.source=labels"),
@@ -46,6 +60,26 @@ def test_a_wrong_setting_is_refused_in_one_line(assignment, expected):
         override(Run(), [assignment])
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("eval.zoom_size=400", r"eval.zoom_size=400: SimpleClick takes multiples of 224 pixels (224, 448, 672, ...)"),
+        ("eval.davis_zoom_size=1", "eval.davis_zoom_size=1: SimpleClick takes multiples of 224 pixels"),
+        ("eval.zoom_skip_clicks=1", "eval.zoom_skip_clicks=1: SimpleClick takes squares from the first click on, -1"),
+    ],
+)
+def test_what_only_other_models_can_follow(assignment, expected):
+    protocol = override(Run(), [assignment]).eval
+    with pytest.raises(ValueError) as refusal:
+        check_simpleclick(protocol)
+    assert expected in str(refusal.value)
+
+
+def test_simpleclick_takes_whole_windows():
+    for size in (224, 448, 672, 896):
+        check_simpleclick(EvalConfig(zoom_size=size, davis_zoom_size=size))
 
 
 def test_a_deeply_nested_value_is_refused():

@@ -22,7 +22,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluation": (
         {"cv2", "numpy", "pyarrow", "scipy", "torch"},
-        {"config", "errors", "model", "simulation", "threads"},
+        {"config", "errors", "model", "saved_models", "simulation", "storage", "threads"},
     ),
     "data": (
         {"cv2", "numpy", "PIL", "pyarrow", "scipy", "skimage", "sklearn", "torch", "torchvision"},
@@ -69,6 +69,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "storage.py": ({"pyarrow"}, {"redaction"}),
     "leases.py": (set(), {"storage"}),
     "artifacts.py": (set(), {"config", "errors", "leases", "storage"}),
+    "saved_models.py": (set(), {"artifacts", "errors", "model", "storage", "tracking"}),
     "verification.py": (
         {"pyarrow"},
         {"artifacts", "config", "data", "errors", "leases", "pipeline", "stages", "storage"},
@@ -82,7 +83,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "sweep.py": (
         {"ray"},
         {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
-        | {"model", "pipeline", "report", "stages", "storage", "tracking", "trial"},
+        | {"model", "pipeline", "report", "saved_models", "stages", "storage", "tracking", "trial"},
     ),
     "trial.py": (
         {"ray"},
@@ -100,6 +101,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "quickstart",
             "redaction",
             "report",
+            "saved_models",
             "stages",
             "stopping",
             "storage",

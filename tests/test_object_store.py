@@ -16,9 +16,12 @@ from s3_server import CREDENTIALS, Faults, faulty, s3_server, uri
 from training_material import tiny_run
 
 from mis_platform import storage as storage_module
-from mis_platform.artifacts import Output, Stage, combine_digests, ensure, read_manifest
+from mis_platform.artifacts import MANIFEST, Output, Stage, combine_digests, ensure, read_manifest
 from mis_platform.data import synthetic
 from mis_platform.data.trees import TreeReader, tree_row
+from mis_platform.evaluation.predictor import Predictor
+from mis_platform.model.simpleclick import SimpleClick
+from mis_platform.model.weights import save_model
 from mis_platform.simulation.ward import merge
 from mis_platform.stages import training_loop
 from mis_platform.stages.precompute import finished_parts, write_part
@@ -147,6 +150,28 @@ def test_mlflow_on_an_object_store_needs_a_server(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ValueError, match=r"cannot keep its SQLite file on s3://bucket.*set MLFLOW_TRACKING_URI"):
         tracking_uri(Storage("s3://bucket/x?region=us-east-1"))
+
+
+def test_a_model_on_an_object_store_answers_clicks(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By its address, and by its fingerprint where the root is one."""
+    model = SimpleClick("vit_xt", 224).eval()
+    save_model(tmp_path, model, {})
+    root = Storage(uri(server, "clicked"))
+    directory = root.child("checkpoint", "0123456789abcdef")
+    for path in tmp_path.iterdir():
+        directory.write_bytes(path.name, path.read_bytes())
+    directory.write_bytes(MANIFEST, b"{}")
+    monkeypatch.setenv("MIS_ROOT", root.uri)
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    answers = []
+    for name in (tmp_path, directory.uri, "0123"):
+        predictor = Predictor.from_pretrained(name)
+        predictor.set_image(image)
+        answers.append(predictor.click(y=12, x=30).probability)
+    assert np.array_equal(answers[0], answers[1])
+    assert np.array_equal(answers[0], answers[2])
 
 
 def test_artifacts_and_checkpoints_on_a_bad_store_are_what_they_are_on_a_disk(server: str, tmp_path: Path) -> None:

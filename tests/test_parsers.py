@@ -19,16 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from mis_platform.artifacts import MANIFEST, Part, check_identity, read_manifest
-from mis_platform.config import Resources, Run, override
+from mis_platform.config import Resources, Run, fingerprint, override
 from mis_platform.data.proposals import ProposalReader, Proposals, decode_mask, proposal_row
 from mis_platform.data.proposals import rows_to_table as proposals_to_table
-from mis_platform.data.trees import TreeReader, rows_to_table, tree_from_row, tree_row, verify_trees
+from mis_platform.data.trees import TreeReader, rows_to_table, tree_from_row, tree_row
 from mis_platform.errors import FingerprintMismatch
 from mis_platform.evaluation.noc import summarize
 from mis_platform.model.weights import eval_config, licence_of, parse_config
 from mis_platform.report import read_score
 from mis_platform.simulation.ward import merge
 from mis_platform.storage import Storage
+from mis_platform.verification import verify
 
 Case = Callable[[random.Random], object]
 
@@ -121,19 +122,25 @@ def manifests(folder: Path) -> Case:
         changed = json.dumps(changed_value(whole, rng)).encode() if rng.random() < 0.7 else changed_bytes(text, rng)
         storage = write(folder, changed, content)
         check_identity(Known(), read_manifest(storage))  # type: ignore[arg-type]
-        return len(TreeReader(storage)), verify_trees(storage)
+        reader = TreeReader(storage)
+        return [reader.tree(image_id) for image_id in reader.image_ids]
 
     return case
 
 
 def tree_parts(folder: Path) -> Case:
-    """Parts that were changed together with their checksum."""
+    """Parts that were changed together with their checksum; `mis verify` looks at each and raises nothing."""
     content = parquet(rows_to_table(trees()))
+    address = fingerprint(Known().identity())
+    (folder / "trees" / address).mkdir(parents=True)
 
     def case(rng: random.Random) -> object:
         changed = changed_bytes(content, rng)
-        storage = write(folder, json.dumps(manifest_of(changed, 3)).encode(), changed)
-        verify_trees(storage)
+        manifest = json.dumps(manifest_of(changed, 3, fingerprint=address)).encode()
+        storage = write(folder / "trees" / address, manifest, changed)
+        verdict = verify(Storage(str(folder)))
+        assert verdict.parts == 1
+        assert all("\n" not in problem.what for problem in verdict.problems)
         reader = TreeReader(storage)
         return [reader.tree(image_id) for image_id in reader.image_ids]
 

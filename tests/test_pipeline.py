@@ -58,6 +58,17 @@ def test_what_decides_a_training_on_labels(labelled: Dataset, assignment: str, m
     assert (one.fingerprint != other.fingerprint) == matters
 
 
+@pytest.mark.parametrize("assignment", ["eval.zoom_size=400", "eval.davis_zoom_size=300", "eval.zoom_skip_clicks=1"])
+def test_a_protocol_that_the_model_cannot_follow_is_refused_before_its_training(
+    labelled: Dataset, assignment: str
+) -> None:
+    run = override(tiny_run(), [assignment])
+    with pytest.raises(ValueError, match=f"{assignment}: SimpleClick takes"):
+        checkpoint(labelled, *LABELS, assignment)
+    with pytest.raises(ValueError, match=f"{assignment}: SimpleClick takes"):
+        pipeline.clicks_stage(labelled, run, Resources(), pretrained())
+
+
 @pytest.mark.parametrize("source", ["tree", "tokencut"])
 def test_settings_that_features_ignore_do_not_decide(labelled: Dataset, source: str, tmp_path: Path) -> None:
     """A row of such a setting alone shares trees and training; at the defaults the address is what it was."""

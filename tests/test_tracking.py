@@ -40,14 +40,6 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables; making one takes a second or two, so the tests copy it."""
-    folder = tmp_path_factory.mktemp("store")
-    tracking.connect(Storage(str(folder)))
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def root(tmp_path: Path, empty_store: Path) -> Storage:
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
@@ -204,9 +196,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_more_points_than_one_batch_holds(root: Storage) -> None:
     with tracking.open_run(root, **ABOUT) as tracker:
-        tracker.log_curve("long", np.arange(2501), first_step=0)
-        tracker.log_curve("long", np.arange(2501), first_step=0)
-    assert points(root, "long") == [(step, float(step)) for step in range(2501)]
+        tracker.log_curve("long", np.arange(2501))
+        tracker.log_curve("long", np.arange(2501))
+    assert points(root, "long") == [(step, step - 1.0) for step in range(1, 2502)]
 
 
 def test_metrics_arrive_while_the_run_lasts(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,6 +300,7 @@ def test_an_altered_model_is_not_scored_under_another_name(root: Storage, tmp_pa
     write_photos(tmp_path / "photos", 1)
     photos = pipeline.training_photos(override(Run(), [f"dataset=folder:{tmp_path / 'photos'}"]), None)
     model = ensure(stage_of("checkpoint", raw_part(b"weights", name="model.safetensors")), root)
+    model.write_bytes("config.json", b'{"variant": "vit_xt", "image_size": 224}')
     stage = pipeline.clicks_stage(photos, Run(), Resources(), model)
     assert stage.config["model"] == sha256(b"weights")
     model.write_bytes("model.safetensors", b"Weights")

@@ -458,11 +458,6 @@ class Report:
     problems: tuple[Problem, ...]
 
     @property
-    def is_complete(self) -> bool:
-        """Nothing is wrong with the files. Says nothing about the counts."""
-        return not self.problems
-
-    @property
     def is_published_size(self) -> bool:
         """As many images and objects as the benchmark has, so that scores may be compared with published ones."""
         if self.published is None:
@@ -484,21 +479,15 @@ class Report:
         return [counts, f"SHA-256 of all files: {self.digest}", *map(str, self.problems)]
 
 
-def verify(
-    dataset: Dataset,
-    *,
-    max_megapixels: float = MAX_MEGAPIXELS,
-    min_side: int = MIN_SIDE,
-    on_image: Callable[[int], object] = lambda done: None,
-) -> Report:
+def verify(dataset: Dataset, *, on_image: Callable[[int], object] = lambda done: None) -> Report:
     """Decode every image and every mask; list whatever is missing, unreadable, of the wrong size or empty.
 
-    max_megapixels, min_side: what counts as a usable image, as in `read_image`. on_image: told how many are done.
+    on_image: told how many are done.
     """
     problems = [*map(_skipped, dataset.refused), *dataset.notes]
     objects = 0
     for done, sample in enumerate(dataset.samples, 1):
-        found, wrong = check_sample(dataset, sample, max_megapixels=max_megapixels, min_side=min_side)
+        found, wrong = check_sample(dataset, sample)
         objects += found
         problems += wrong
         on_image(done)
@@ -515,15 +504,13 @@ def verify(
     )
 
 
-def check_sample(
-    dataset: Dataset, sample: Sample, *, max_megapixels: float, min_side: int
-) -> tuple[int, list[Problem]]:
+def check_sample(dataset: Dataset, sample: Sample) -> tuple[int, list[Problem]]:
     """Number of objects of one image, and what is wrong with its files."""
     path = dataset.root / sample.image
     if not path.exists():
         return 0, [Problem("missing image", str(path), "")]
     try:
-        dataset.read_image(sample.image_id, max_megapixels=max_megapixels, min_side=min_side)
+        dataset.read_image(sample.image_id)
     except ImageRefused as error:
         return 0, [Problem("unreadable image", str(path), str(error))]
     if not dataset.is_labelled:

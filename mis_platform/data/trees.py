@@ -7,12 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mis_platform.artifacts import read_manifest
 from mis_platform.data import parts
-from mis_platform.data.parts import MAX_PART_BYTES, Part, PartReader
+from mis_platform.data.parts import MAX_PART_BYTES, PartReader
 from mis_platform.data.schemas import TREES, check_version
 from mis_platform.simulation.tree import MergeTree
-from mis_platform.storage import Storage
 
 
 def tree_row(image_id: str, image_size: tuple[int, int], tree: MergeTree) -> dict[str, Any]:
@@ -61,14 +59,6 @@ def _row(table: pa.Table, k: int) -> dict[str, Any]:
     }
 
 
-def read_part(storage: Storage, part: Part, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
-    """One part of a trees artifact, checked against the manifest's entry.
-
-    Raises DataError as `data.parts.read_part`. The trees themselves are checked by `tree_from_row`.
-    """
-    return parts.read_part(storage, part, decode, max_bytes)
-
-
 def decode(data: bytes, max_bytes: int = MAX_PART_BYTES) -> pa.Table:
     """The table of one Parquet file of trees. Raises ValueError, also for a version that cannot be read here."""
     try:
@@ -90,27 +80,3 @@ class TreeReader(PartReader):
             return tree_from_row(_row(table, k))
         except ValueError as error:
             raise ValueError(f"part {self._parts[self.place(image_id)[0]]['name']}: {error}") from None
-
-
-def verify_trees(storage: Storage) -> list[str]:
-    """Everything wrong with a trees artifact, one line per part or image; empty when all is well.
-
-    Raises ValueError when there is no manifest to follow.
-    """
-    problems = []
-    seen: set[str] = set()
-    for part in read_manifest(storage)["parts"]:
-        try:
-            table = read_part(storage, part)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for row in rows_of(table):
-            try:
-                tree_from_row(row)
-            except ValueError as error:
-                problems.append(f"part {part['name']}: {error}")
-            if row["image_id"] in seen:
-                problems.append(f"part {part['name']}: image {row['image_id']!r} was there already")
-            seen.add(row["image_id"])
-    return problems

@@ -28,15 +28,8 @@ def clicks_to_reach(ious: np.ndarray, target: float) -> np.ndarray:
     return needed
 
 
-def noc(ious: np.ndarray, target: float) -> float:
-    """Mean of `clicks_to_reach`; NaN if it is unknown for any object."""
-    return float(clicks_to_reach(ious, target).mean())
-
-
-def bootstrap_interval(
-    values: np.ndarray, rng: np.random.Generator, *, confidence: float = 0.95, resamples: int = 10_000
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over objects; NaN if a value is.
+def bootstrap_interval(values: np.ndarray, rng: np.random.Generator, *, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over objects; NaN if a value is.
 
     values: [objects], e.g. clicks, or differences of two models on the same objects, which makes it the paired
     bootstrap. Objects are the unit, as in the mean itself; where many objects share a photo the interval is a little
@@ -51,7 +44,7 @@ def bootstrap_interval(
         rng.multinomial(len(values), counts / len(values), size=min(size, resamples - start)) @ different / len(values)
         for start in range(0, resamples, size)
     ]
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -116,20 +109,18 @@ def iou_table(table: Any, max_clicks: int) -> np.ndarray:
     return ious
 
 
-def summarize(
-    table: Any, *, max_clicks: int = 20, targets: Sequence[float] = TARGETS, rng: np.random.Generator | None = None
-) -> Summary:
+def summarize(table: Any, *, max_clicks: int = 20, targets: Sequence[float] = TARGETS) -> Summary:
     """The scores of one data set.
 
-    table: the columns of `iou_table`, `dataset` and `ms`; rows in any order. rng: for the bootstrap, default seed 0.
-    Raises ValueError for an empty table, one with several data sets, or one with missing or repeated clicks.
+    table: the columns of `iou_table`, `dataset` and `ms`; rows in any order. The bootstrap is seeded. Raises ValueError
+    for an empty table, one with several data sets, or one with missing or repeated clicks.
     """
     datasets = sorted(set(np.asarray(table["dataset"]).tolist()))
     if len(datasets) != 1:
         raise ValueError(f"a summary is of one data set; this table has {datasets or 'no clicks'}")
     ious = iou_table(table, max_clicks)
     complete = not np.isnan(ious).any()
-    rng = rng or np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     return Summary(
         dataset=datasets[0],
         objects=len(ious),

@@ -11,8 +11,10 @@ import torch
 from mis_platform.config import EvalConfig
 from mis_platform.evaluation.brs import FeatureRefinement
 from mis_platform.evaluation.session import Network, Session, advance, probability, upload
-from mis_platform.model.weights import eval_config, load_model, read_config, set_zoom_size
+from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, eval_config, load_model, read_config, set_zoom_size
+from mis_platform.saved_models import find_model
 from mis_platform.simulation.clicks import Click
+from mis_platform.storage import Storage
 
 
 class Prediction(NamedTuple):
@@ -25,7 +27,7 @@ class Prediction(NamedTuple):
 class Predictor:
     """Interactive segmentation of one photo at a time, exactly as the click protocol runs it.
 
-        predictor = Predictor.from_pretrained("artifacts/checkpoint/...")
+        predictor = Predictor.from_pretrained("artifacts/checkpoint/...")  # or a fingerprint, or an MLflow run
         predictor.set_image(image)
         mask, probability = predictor.click(y=120, x=200)
         mask, probability = predictor.click(y=40, x=30, positive=False)
@@ -62,15 +64,17 @@ class Predictor:
     ) -> "Predictor":
         """From a saved model, under the protocol of its family (the paper's if trained here) unless told otherwise.
 
-        path_or_run: a directory with model.safetensors and config.json, or the first digits of the fingerprint of a
-        training under MIS_ROOT (default ./artifacts). zoom_size: pixels, default the size of its training. Raises
-        ValueError if there is no such model.
+        path_or_run: a directory with model.safetensors and config.json, here or in an object store; the first digits of
+        the fingerprint of a training under MIS_ROOT (default ./artifacts), or "latest"; the id of an MLflow run, or the
+        first digits of its fingerprint, in the store of that root or at MLFLOW_TRACKING_URI. zoom_size: pixels, default
+        the size of its training. Raises ValueError if there is no such model.
         """
-        directory = _model_directory(path_or_run)
-        described = read_config(directory)
-        size = described["image_size"]
-        zoom_size = zoom_size or (size if isinstance(size, int) else size[0])
-        network = load_network(directory, zoom_size, device)
+        root = Storage(os.environ.get("MIS_ROOT") or "artifacts")
+        with find_model(root, str(path_or_run)).on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:
+            described = read_config(directory)
+            size = described["image_size"]
+            zoom_size = zoom_size or (size if isinstance(size, int) else size[0])
+            network = load_network(directory, zoom_size, device)
         return cls(network, zoom_size=zoom_size, config=config or eval_config(described), device=device)
 
     @property
@@ -126,25 +130,3 @@ def load_network(directory: str | Path, zoom_size: int, device: torch.device | s
     set_zoom_size(model, zoom_size)
     network: Network = model.to(device)
     return FeatureRefinement(model) if read_config(directory).get("refine") == "fbrs" else network
-
-
-def _model_directory(path_or_run: str | Path) -> Path:
-    """The directory as given, or the finished training whose fingerprint starts with it."""
-    is_local = Path(path_or_run).exists() or "://" not in f"{path_or_run} {os.environ.get('MIS_ROOT', '')}"
-    if not is_local:
-        raise ValueError(
-            f"{path_or_run}: a model in an object store is copied first: with Storage(directory).on_disk"
-            '(["model.safetensors", "config.json"]) as folder: Predictor.from_pretrained(folder)'
-        )
-    if Path(path_or_run).exists():
-        return Path(path_or_run)
-    shelf = Path(os.environ.get("MIS_ROOT", "artifacts")) / "checkpoint"
-    found = [
-        path.parent for path in sorted(shelf.glob("*/manifest.json")) if path.parent.name.startswith(str(path_or_run))
-    ]
-    if len(found) != 1:
-        names = ", ".join(path.parent.name for path in sorted(shelf.glob("*/manifest.json"))) or "none"
-        raise ValueError(
-            f"no single model called {path_or_run}: not a directory, and the trainings in {shelf} are: {names}"
-        )
-    return found[0]

@@ -1,7 +1,7 @@
 """Training losses: binary cross-entropy (Equation 6), normalised focal loss (RITM), smoothness (Equation 7).
 
-Each takes logits and has a `..._per_sample` twin that returns one value per image. All arithmetic is at least float32:
-half-precision logits are widened first, float64 stays float64.
+Each takes logits and returns one value per image. All arithmetic is at least float32: half-precision logits are widened
+first, float64 stays float64.
 
 Shape suffixes: B images, C channels, H W pixels.
 """
@@ -21,25 +21,16 @@ SmoothForm = Literal["official", "paper"]
 FOCAL_EPS = 1e-12
 
 
-def binary_cross_entropy(logits_B1HW: Tensor, target_B1HW: Tensor) -> Tensor:
-    """Mean over batch and pixels of the cross-entropy with a target in [0, 1] (Equation 6)."""
-    return binary_cross_entropy_per_sample(logits_B1HW, target_B1HW).mean()
-
-
 def binary_cross_entropy_per_sample(logits_B1HW: Tensor, target_B1HW: Tensor) -> Tensor:
-    """[B]: mean over the pixels of each image."""
+    """[B]: mean over the pixels of each image of the cross-entropy with a target in [0, 1] (Equation 6)."""
     logits, target = _matched(logits_B1HW, target_B1HW)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(dim=1)
 
 
-def normalized_focal_loss(logits_B1HW: Tensor, target_B1HW: Tensor) -> Tensor:
-    """Mean over the batch of the normalised focal loss (Sofiiuk et al., AdaptIS, 2019) with RITM's settings."""
-    return normalized_focal_loss_per_sample(logits_B1HW, target_B1HW).mean()
-
-
 def normalized_focal_loss_per_sample(logits_B1HW: Tensor, target_B1HW: Tensor) -> Tensor:
-    """[B]: focal loss rescaled per image so that its weights (1 - p_t)^2 average to one.
+    """[B]: focal loss rescaled per image so that its weights (1 - p_t)^2 average to one, with RITM's settings.
 
+    The normalised focal loss of Sofiiuk et al., AdaptIS (ICCV 2019).
     target: 1 object, 0 background, -1 ignored. The rescaling factor takes no part in the gradient. An image whose
     pixels are all ignored has loss 0.
     """

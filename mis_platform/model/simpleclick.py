@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WINDOW = 224  # pixels: side of an attention window, hence of the smallest input
+from mis_platform.config import WINDOW
+
 CLICK_RADIUS = 5  # network pixels, inclusive
 DROPOUT = 0.1  # of whole channels before the last convolution
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

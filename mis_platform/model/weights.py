@@ -43,7 +43,6 @@ _SCAN_BYTES = 2**24  # of a pickle: far more than the structure of any checkpoin
 # family -> names of its variants; a configuration without a family is older than the second one
 FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": ("hrnet18s", "hrnet18", "hrnet32", "hrnet18_baseline")}
 REFINEMENTS = {"fbrs": "ritm"}  # -> the family it is for
-ZOOM_SIZES = ("zoom_size", "davis_zoom_size")  # settings whose range depends on the family
 
 # What a user of a saved model has to know; in its config.json, and handed on to models that start from it.
 MAE_LICENCE = "CC-BY-NC-4.0, from the MAE weights it started from: no commercial use"
@@ -139,6 +138,8 @@ def set_zoom_size(model: Model, zoom_size: int) -> None:
     if isinstance(model, SimpleClick):
         if model.image_size != (zoom_size, zoom_size):
             resize_position_embedding(model, zoom_size)
+    elif zoom_size < 1:
+        raise ValueError(f"the longest side of RITM's input is at least 1 pixel, not {zoom_size}")
     else:
         model.image_size = (zoom_size, zoom_size)
 
@@ -212,13 +213,8 @@ def eval_config(config: Mapping[str, Any], base: EvalConfig | None = None, given
     own = {name: value for name, value in found.items() if name not in set(given)}
     if not own:
         return base
-    # RITM's sizes are no multiples of the 224 pixels that EvalConfig, the protocol of ViTs, asks for.
-    sizes = {name: own.pop(name) for name in ZOOM_SIZES if name in own}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"eval.{name} of a model must be pixels, at least 1, got {size!r}")
     checked: EvalConfig = build(EvalConfig, plain(base) | own)
-    return checked.model_copy(update=sizes)
+    return checked
 
 
 def _wanted_directory(state: Mapping[str, Tensor]) -> str:

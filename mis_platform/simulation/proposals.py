@@ -14,11 +14,6 @@ class Proposal(NamedTuple):
     node: int
     mask: np.ndarray  # bool [grid_height, grid_width], the patches below `node`
 
-    @property
-    def area(self) -> float:
-        """Share of the patches it covers, in (0, 1]."""
-        return float(self.mask.mean())
-
 
 def mask_at_image_size(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Nearest-neighbour resize of a bool mask [grid_height, grid_width] to [height, width] pixels.

@@ -11,20 +11,6 @@ from mis_platform.simulation.tree import MergeTree
 Strategy = Literal["top_down", "uniform"]
 
 
-def sample_top_down(tree: MergeTree, alpha: float, rng: np.random.Generator) -> int:
-    """Walks down from the root, one fair coin per step, until a draw says stop (Algorithm 2).
-
-    The chance of going deeper is 1 at the root and shrinks by `alpha` per level, so the root itself is never drawn and
-    alpha=0 returns one of its two children. alpha in [0, 1). A tree of one patch returns that patch.
-    """
-    return int(sample_nodes(tree, 1, rng, alpha=alpha, min_area=0.0, max_redraws=1)[0])
-
-
-def sample_uniform(tree: MergeTree, rng: np.random.Generator) -> int:
-    """Any merge with equal chance, the root included (our reading of Table 5; single patches are never drawn)."""
-    return int(sample_nodes(tree, 1, rng, strategy="uniform", min_area=0.0, max_redraws=1)[0])
-
-
 def draw_proposal(
     tree: MergeTree,
     rng: np.random.Generator,
@@ -50,6 +36,11 @@ def sample_nodes(
     max_redraws: int = 100,
 ) -> np.ndarray:
     """`count` independent draws: int32 [count], nodes.
+
+    Top-down, a walk goes down from the root, one fair coin per step, until a draw says stop (Algorithm 2). The chance
+    of going deeper is 1 at the root and shrinks by `alpha`, in [0, 1), per level, so the root itself is never drawn and
+    alpha=0 gives one of its two children. Uniform, any merge has the same chance, the root included (our reading of
+    Table 5; single patches are never drawn). A tree of one patch gives that patch.
 
     A node must cover more than `min_area` of the patches, in [0, 0.5]; a smaller one is thrown away and drawn again
     from the root. After `max_redraws` draws the last one is kept whatever its size (official MIS code). So the

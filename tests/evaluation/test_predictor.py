@@ -5,11 +5,13 @@ import pytest
 import torch
 from stub_networks import distance_network, seeing_network
 
+from mis_platform import tracking
 from mis_platform.config import EvalConfig
 from mis_platform.evaluation.predictor import Predictor
 from mis_platform.evaluation.protocol import Sample, evaluate
 from mis_platform.model.simpleclick import SimpleClick
 from mis_platform.model.weights import save_model
+from mis_platform.storage import Storage
 
 
 @pytest.fixture
@@ -142,10 +144,12 @@ def test_a_saved_model_answers_as_the_model_itself(tmp_path, photo):
         each.set_image(photo)
     assert same(loaded.click(35, 45), original.click(35, 45))
     (tmp_path / "empty").mkdir()
+    for missing in ("empty", "elsewhere", "model.safetensors"):
+        with pytest.raises(ValueError, match=rf"no single model is called .*{missing}': it is no directory with"):
+            Predictor.from_pretrained(tmp_path / missing)
+    (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json is missing"):
-        Predictor.from_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"no single model called .*elsewhere"):
-        Predictor.from_pretrained(tmp_path / "elsewhere")
+        Predictor.from_pretrained(tmp_path)
 
 
 def test_a_training_is_found_by_its_fingerprint(tmp_path, photo, monkeypatch):
@@ -161,6 +165,27 @@ def test_a_training_is_found_by_its_fingerprint(tmp_path, photo, monkeypatch):
     for ambiguous in ("ab", "unfin"):
         with pytest.raises(ValueError, match=r"the trainings in .* are: ab12, ab34"):
             Predictor.from_pretrained(ambiguous)
+
+
+def test_a_run_in_mlflow_is_found_by_its_id(tmp_path, photo, monkeypatch, empty_store):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MIS_ROOT", str(tmp_path))
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    torch.manual_seed(0)
+    model = SimpleClick("vit_xt", 224).eval()
+    save_model(tmp_path / "model", model, {})
+    about = {"experiment": "mis", "name": "a run", "fingerprint": "0123456789abcdef", "params": {}}
+    with tracking.open_run(Storage(str(tmp_path)), **about) as tracker:
+        tracker.set_model(Storage(str(tmp_path / "model")))
+    expected = Predictor(model, zoom_size=224)
+    expected.set_image(photo)
+    answer = expected.click(35, 45)
+    for name in (tracker.run_id, "01234"):
+        loaded = Predictor.from_pretrained(name)
+        loaded.set_image(photo)
+        assert same(loaded.click(35, 45), answer)
+    with pytest.raises(ValueError, match="no run with a model"):
+        Predictor.from_pretrained("f" * 32)
 
 
 def test_training_mode_is_refused():

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from mis_platform import cli
@@ -193,6 +194,8 @@ def test_what_is_given_stays() -> None:
         ({"treshold": 0.4}, "treshold"),
         ({"threshold": 2}, "threshold"),
         ({"zoom_size": 0.5}, "zoom_size"),
+        ({"zoom_size": 0}, "greater than or equal to 1"),
+        ({"davis_zoom_size": "wide"}, "valid integer"),
         (3, "object"),
     ],
 )
@@ -443,6 +446,43 @@ def test_the_command(
     assert load_model(out).variant == "hrnet18s"
     assert mis(monkeypatch, "import", str(path), "--out", str(out)) == 2
     assert "already holds a model" in capsys.readouterr().err
+
+
+def test_each_family_is_scored_at_the_sizes_that_it_takes(
+    hrnet: State, vit: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong ones are refused while the work is only described; other sizes are other evaluations."""
+    for name, content in (("ritm", official(hrnet, HRNET)), ("vit", official(vit, VIT))):
+        import_checkpoint(save(tmp_path / f"{name}.pth", content), tmp_path / name)
+    for folder in ("images", "masks"):
+        (tmp_path / "benchmark" / folder).mkdir(parents=True)
+        Image.fromarray(np.eye(40, dtype=np.uint8) * 255).save(tmp_path / "benchmark" / folder / "0.png")
+
+    def plan(model: str, *settings: str) -> tuple[int, str, str]:
+        words = ["eval", "--model", str(tmp_path / model), "--dataset", f"folder:{tmp_path / 'benchmark'}"]
+        words += [
+            "--root",
+            str(tmp_path / "root"),
+            "--dry-run",
+            *(word for text in settings for word in ("--set", text)),
+        ]
+        return mis(monkeypatch, *words), *capsys.readouterr()
+
+    addresses = [plan("ritm"), *(plan("ritm", f"eval.zoom_size={size}") for size in (400, 224, 333, 1))]
+    assert [code for code, _, _ in addresses] == [0] * 5
+    assert addresses[0] == addresses[1]  # 400 is its own
+    assert len({out for _, out, _ in addresses}) == 4
+    assert plan("vit", "eval.zoom_size=672")[0] == plan("vit")[0] == 0
+    for setting in ("eval.zoom_size=400", "eval.davis_zoom_size=600", "eval.zoom_skip_clicks=1"):
+        code, _, message = plan("vit", setting)
+        assert code == 2
+        assert f"{setting}: SimpleClick takes" in message
+    for model in ("ritm", "vit"):
+        assert plan(model, "eval.zoom_size=0")[0] == 2
+    (tmp_path / "vit" / "config.json").unlink()
+    code, _, message = plan("vit")
+    assert code == 3
+    assert "vit holds no model: config.json is missing" in message
 
 
 def test_evaluation_takes_the_settings_of_the_model(hrnet: State, tmp_path: Path) -> None:

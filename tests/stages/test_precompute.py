@@ -25,7 +25,7 @@ from mis_platform.config import DataConfig, FeaturesConfig, Resources, SourcesCo
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.images import read_image
 from mis_platform.data.schemas import QUARANTINE, TREES
-from mis_platform.data.trees import TreeReader, verify_trees
+from mis_platform.data.trees import TreeReader
 from mis_platform.errors import DataError
 from mis_platform.model.features import Extractor, build_extractor
 from mis_platform.progress import Progress
@@ -33,6 +33,7 @@ from mis_platform.simulation.ward import merge
 from mis_platform.stages import precompute
 from mis_platform.stages.products import TREES_PRODUCT, SourceProposals
 from mis_platform.storage import TEMPORARY, Storage, StorageError
+from mis_platform.verification import verify
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +545,7 @@ def test_what_is_finished_starts_nothing(photos: Dataset, tmp_path: Path, monkey
     monkeypatch.setattr(precompute, "precompute", None)
     assert ensure(stage, root) == out
     assert files_of(directory) == before
-    assert verify_trees(out) == []
+    assert verify(root).problems == []
     assert sorted(TreeReader(out).image_ids) == sorted(photos.image_ids)
 
 
