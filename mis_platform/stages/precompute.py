@@ -84,7 +84,6 @@ MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest 
 MAX_CHUNK = 128  # photos that they grow to: a training reads a whole part to get at one tree
 PART_BYTES = 32 * 2**20  # of rows in memory; a chunk with more becomes several parts
 EXTRACTORS_PER_GPU = 4  # processes that share it: moving a photo's features takes longer than computing them
-WINDOW_PHOTOS = 64  # that a worker with a GPU gets at once, where photos of one size are described together
 WINDOW_BYTES = 32 * 2**20  # of pixels that wait for others of their size; one photo more than that may be held
 
 Step = TypeVar("Step")
@@ -710,7 +709,7 @@ def in_steps(
     merge_task = functools.partial(merge_photo, data=data, product=product, untrusted=untrusted)
     write_task = functools.partial(write_chunk, out=out, product=product)
     decoded = chunks.map_batches(decode_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
-    rows_at_once = 1 if features.batch_size == 1 else WINDOW_PHOTOS
+    rows_at_once = 1 if features.batch_size == 1 else chunk_images
     described = map_in_actors(decoded, FeatureWorker, (features, device), pool, num_gpus, rows_at_once)
     merged = described.map_batches(merge_task, batch_size=1, batch_format="pyarrow", num_cpus=1)
     # Half a CPU, so that Ray does not fuse it with merging: such a task would be given the features of a whole chunk.
