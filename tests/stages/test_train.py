@@ -108,8 +108,8 @@ def test_two_workers_and_then_one_follow_the_curve_of_one(
 ) -> None:
     """Ctrl-C stops the two at step 6 or soon after.
 
-    Two workers add up in another order. The curves are 1e-7 apart at first; a pixel on the edge of an error may then move
-    a click (seen at the sixth step: 2e-5, 3e-4 at the last).
+    Two workers add up in another order. The curves are 1e-7 apart at first; a pixel on the edge of an error may then
+    move a click (seen at the sixth step: 2e-5, 3e-4 at the last).
     """
 
     def press_ctrl_c() -> None:
