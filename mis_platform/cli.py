@@ -35,7 +35,18 @@ class Split(enum.StrEnum):
     val = "val"
 
 
+class Commands(TyperGroup):
+    """A group that says where a word belongs which is none of its commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and (place := _place_of(args[0])):
+            ctx.fail(f"No such command {args[0]!r}; did you mean: {place}?")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +54,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Datasets: what is there, and is it whole?")
 app.add_typer(data_app, name="data")
-run_app = typer.Typer(no_args_is_help=True, help="Experiments: every table and figure of the paper.")
+run_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Experiments: every table and figure of the paper.")
 app.add_typer(run_app, name="run")
 cluster_app = typer.Typer(no_args_is_help=True, help="Clusters: is a file right, before money is spent?")
 app.add_typer(cluster_app, name="cluster")
@@ -72,6 +83,23 @@ UntrustedOption = Annotated[
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
 ]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from mis_platform import __version__
+
+        typer.echo(f"mis {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What belongs to no command."""
 
 
 @app.command()
@@ -532,13 +560,29 @@ def _check_command(words: list[str]) -> None:
     command, rest = typer.main.get_command(app), list(words)
     while isinstance(command, TyperGroup):
         if not rest or rest[0] not in command.commands:
-            raise ValueError(f"no command `mis {' '.join(words)}`{nearest(rest[0] if rest else '', command.commands)}")
+            place = _place_of(rest[0]) if rest else ""
+            hint = f"; did you mean: {place}?" if place else nearest(rest[0] if rest else "", command.commands)
+            raise ValueError(f"no command `mis {' '.join(words)}`{hint}")
         command = command.commands[rest.pop(0)]
     context = command.make_context(f"mis {' '.join(words[: len(words) - len(rest)])}", rest)
     if (name := context.params.get("name")) is not None:
         from mis_platform.experiment import load_experiment
 
         load_experiment(name)
+
+
+def _place_of(word: str) -> str:
+    """The command line on which a command of another group, or an experiment, can be asked for; "" for other words."""
+    from mis_platform.experiment import list_experiments
+
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    if word in root.commands:
+        return f"mis {word}"
+    for name, group in root.commands.items():
+        if isinstance(group, TyperGroup) and word in group.commands:
+            return f"mis {name} {word}"
+    return f"mis run sweep {word}" if word in list_experiments() else ""
 
 
 def _print_settings(
