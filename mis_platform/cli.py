@@ -736,7 +736,10 @@ def _without_missing(benchmark: "Dataset") -> "Dataset":
 def _root(root: str) -> "Storage":
     from mis_platform.storage import Storage
 
-    return Storage(root)
+    storage = Storage(root)
+    if storage.local is not None and os.path.isfile(storage.local):
+        raise ValueError(f"{storage} is a file, not a folder; choose another --root")
+    return storage
 
 
 def _writable(root: str) -> "Storage":

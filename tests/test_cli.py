@@ -210,6 +210,9 @@ def test_an_unwritable_root_is_refused_before_anything_starts(photos, capsys, tm
     arguments = ["precompute", "--dataset", f"folder:{photos}", "--set", "features.extractor=color_texture"]
     assert mis(*arguments, "--root", str(root)) == 2
     assert "choose another --root" in capsys.readouterr().err
+    for command in (arguments, ["quickstart"], ["ui"], ["verify"], ["report", "figure5"]):
+        assert mis(*command, "--root", str(root)) == 2
+        assert capsys.readouterr().err == f"Error: {root} is a file, not a folder; choose another --root\n"
     if os.geteuid() != 0:  # root may write anywhere
         closed = tmp_path / "closed"
         closed.mkdir(mode=0o500)
