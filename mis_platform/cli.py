@@ -296,7 +296,7 @@ def report_experiment(
     assignments: SetOption = None,
 ) -> None:
     """The table of an experiment beside the paper's, from what is done so far; runs nothing."""
-    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=False)
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=False, reads=True)
     from mis_platform import sweep
     from mis_platform.comparison import render
 
@@ -621,8 +621,12 @@ def _sweep(
     data_root: Path | None,
     assignments: list[str] | None,
     writes: bool,
+    reads: bool = False,
 ) -> "Sweep":
-    """What the words of a command line mean; typing errors are told before anything heavy is imported."""
+    """What the words of a command line mean; typing errors are told before anything heavy is imported.
+
+    reads: that nothing was ever run in the root is an error.
+    """
     from mis_platform.config import Resources, override, split_resources
     from mis_platform.experiment import load_experiment
 
@@ -630,6 +634,8 @@ def _sweep(
     resources = override(Resources(), wide)
     load_experiment(name).with_profile(profile).with_settings(deciding).select(only or [])
     storage = _writable(root) if writes else _root(root)
+    if reads:
+        _check_runs(storage)
     from mis_platform import sweep
 
     return sweep.prepare(
@@ -643,6 +649,14 @@ def _sweep(
         seeds=seeds,
         writes=writes,
     )
+
+
+def _check_runs(root: "Storage") -> None:
+    from mis_platform.errors import DataError
+    from mis_platform.verification import has_artifacts
+
+    if not has_artifacts(root) and not root.child("sweeps").names():
+        raise DataError(f"nothing has been run in {root} yet; is it the right --root?")
 
 
 def _print_sweep(prepared: "Sweep") -> None:
