@@ -76,7 +76,7 @@ def tell(root: Storage, run: Run, resources: Resources) -> None:
         for name, model in (("untrained", untrained), ("trained", trained))
     }
     pictures = _step(6, "pictures", lambda: _draw(root, photos, benchmark, trees, trained, curves, run, resources))
-    print(f"\n{report.summary_table([before, after])}\n")
+    print(f"\n{report.summary_table([before, after], intervals=False)}\n")  # with them, in MLflow: noc.md
     last = ", ".join(f"{name} {curve[-1]:.2f}" for name, curve in curves.items())
     print(f"mean IoU after {run.eval.max_clicks} clicks: {last}\n")  # NoC hardly tells such small models apart
     print(f"done in {duration(time.monotonic() - began)}; pictures:")
