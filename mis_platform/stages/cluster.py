@@ -24,7 +24,8 @@ from mis_platform.storage import TEMPORARY, Storage
 
 NODE_SECONDS = 60.0  # for every node to look for a file: its first process has to start
 CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
-LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+# Port 0 is a free one: at 8265, where `mis submit` looks, there is only a head that somebody started on purpose.
+LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
 
 _raylet: Any = None  # process of the Ray that this process started
 
@@ -38,8 +39,8 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
 
     A Ray that is already initialised (a notebook, a test session, an enclosing stage) is used as it is. A started one
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
-    to change that) on the ports it opens, and the dashboard, on the loopback address: placement groups of stopped
-    trials are only cleaned up while its state API answers.
+    to change that) on the ports it opens, and the dashboard, on a free port of the loopback address: placement groups
+    of stopped trials are only cleaned up while its state API answers.
     Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
     """
     global _raylet
