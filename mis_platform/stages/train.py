@@ -206,7 +206,7 @@ def _train_on_cluster(
     scaling, loaders, threads = plan(resources)
     job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
     channel = cluster.beside(Channel, images_at_once(resources))
-    with cluster.scratch("mis-ray-train-") as storage_path:
+    with cluster.scratch("mis-ray-train-") as storage_path, cluster.addressed():
         trainer = ray.train.torch.TorchTrainer(
             lambda: _work(job, channel),
             scaling_config=scaling,
