@@ -12,14 +12,16 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from armed import MOST_IMAGES, Arming, Killing, shrink_memory
 from commands import REPOSITORY, TINY, Command, newest_step, running
+from processes import kill_group, start, wait_until
 from training_material import make_material, tiny_run
 
 from mis_platform.config import Resources
@@ -40,10 +42,22 @@ def photos(folder: Path, count: int = 5) -> str:
     return f"folder:{folder / 'photos'}"
 
 
-def mis_train(folder: Path, *settings: str, root: str = "root") -> AbstractContextManager[Command]:
+def mis_train(
+    folder: Path, *settings: str, root: str = "root", environment: Mapping[str, str] | None = None
+) -> AbstractContextManager[Command]:
     """A training of 100 000 steps unless `settings` say otherwise."""
     assignments = itertools.chain.from_iterable(("--set", text) for text in ("train.epochs=100000", *settings))
-    return running(folder, "train", "--dataset", photos(folder), "--root", str(folder / root), *TINY, *assignments)
+    return running(
+        folder,
+        "train",
+        "--dataset",
+        photos(folder),
+        "--root",
+        str(folder / root),
+        *TINY,
+        *assignments,
+        **(environment or {}),
+    )
 
 
 def mlflow_states(root: Path) -> list[str]:
@@ -368,3 +382,26 @@ def test_two_workers_then_one_then_two_are_one_training(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in said.splitlines() if line.startswith("stopped at")] == ["2", "1"]
     difference = float(said.rsplit("largest relative difference of a loss ", 1)[1].split()[0])
     assert difference < 1e-4
+
+
+# -- other Rays on the machine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_head_that_somebody_started_takes_nothing_from_a_local_training(tmp_path: Path) -> None:
+    """The processes of Ray Train ask for their controller; the head, which Ray finds first, has never heard of it."""
+    with tempfile.TemporaryDirectory(prefix="mis-ray-", dir="/tmp") as folder:  # sockets need a short path
+        environment = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
+        head = start(
+            *("-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1", "--disable-usage-stats"),
+            *("--port=0", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--dashboard-port=0"),
+            **environment,
+        )
+        try:
+            wait_until(Path(folder, "ray", "ray_current_cluster").exists, head)
+            with mis_train(tmp_path, "train.max_steps=30", environment=environment) as command:
+                code, _ = command.end(200)
+            assert code == 0, command.said()
+            assert "restart" not in command.said()
+        finally:
+            kill_group(head, signal.SIGTERM)
