@@ -120,14 +120,18 @@ def test_the_fingerprint_of_the_paper_is_kept():
     assert fingerprint(Run()) == "3a7492ec4f91169a"
 
 
-def test_settings_younger_than_artifacts_leave_their_addresses():
-    assert "batch_size" not in plain(Run())["features"]
-    assert fingerprint(override(Run(), ["features.batch_size=1"])) == fingerprint(Run())
-    batched = override(Run(), ["features.batch_size=8"])
-    assert fingerprint(batched) != fingerprint(Run())
-    assert plain(batched)["features"]["batch_size"] == 8
-    assert Run.model_validate(plain(batched)) == batched
-    assert flatten(Run())["features.batch_size"] == 1
+@pytest.mark.parametrize(
+    ("name", "default", "other"), [("features.batch_size", 1, 8), ("eval.precision", "fp32", "bf16")]
+)
+def test_settings_younger_than_artifacts_leave_their_addresses(name, default, other):
+    group, leaf = name.split(".")
+    assert leaf not in plain(Run())[group]
+    assert fingerprint(override(Run(), [f"{name}={default}"])) == fingerprint(Run())
+    changed = override(Run(), [f"{name}={other}"])
+    assert fingerprint(changed) != fingerprint(Run())
+    assert plain(changed)[group][leaf] == other
+    assert Run.model_validate(plain(changed)) == changed
+    assert flatten(Run())[name] == default
 
 
 def test_resources_are_not_part_of_a_run():
