@@ -14,9 +14,9 @@ Notable choices:
 * **What grows with the photos are names.** They go to Ray Data in waves, chunks become larger the more photos there
   are, and large trees are written before a chunk is finished: no process's memory grows with the data set but for the
   driver's list of its files.
-* **Without a GPU each worker does all steps of its chunk**: what is cheap to compute is not worth sending. With GPUs,
-  their workers only describe, several on each GPU, so that it computes for one while others move pixels and features;
-  CPU tasks decode and resize before and merge after them.
+* **Without a GPU, or a network for it, each worker does all steps of its chunk**: what is cheap to compute is not
+  worth sending. With GPUs, their workers only describe, several on each GPU, so that it computes for one while others
+  move pixels and features; CPU tasks decode and resize before and merge after them.
 """
 
 import functools
@@ -49,7 +49,7 @@ from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
 from mis_platform.errors import DataError
-from mis_platform.model.features import Extractor, build_extractor, patch_size, prepare
+from mis_platform.model.features import WITHOUT_WEIGHTS, Extractor, build_extractor, patch_size, prepare
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
 from mis_platform.stages.products import TREES_PRODUCT, Product
@@ -490,7 +490,8 @@ def compute_all(
     touches it takes no other with it.
     """
     tally, waiting = Tally(progress), iter(photos)
-    wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * _workers(resources, _gpus(resources)))
+    workers = _workers(resources, _gpus(features, resources))
+    wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * workers)
     died = "its worker process failed or died whenever it came to this photo"
 
     def try_all(left: list[Photo], chunk_images: int) -> list[Photo]:
@@ -549,7 +550,7 @@ def compute(
     """
     cluster.quiet_data()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
-    gpus = _gpus(resources)
+    gpus = _gpus(features, resources)
     chunks = chunk_dataset(photos, resources.chunk_images)
     chunks.context.max_errored_blocks = LOST_CHUNKS
     chunks.context.execution_no_progress_timeout_s = STALL_SECONDS
@@ -567,11 +568,10 @@ def compute(
     yield from read_records(records)
 
 
-def _gpus(resources: Resources) -> int:
-    gpus = cluster.gpus() if resources.use_gpu is not False else 0
-    if resources.use_gpu and not gpus:
-        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
-    return gpus
+def _gpus(features: FeaturesConfig, resources: Resources) -> int:
+    """GPUs that photos are described on; an extractor without a network has no use for them, only for all CPUs."""
+    usable = cluster.usable_gpus(resources)
+    return 0 if features.extractor == WITHOUT_WEIGHTS else usable
 
 
 def _workers(resources: Resources, gpus: int) -> int:
