@@ -47,6 +47,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "simulation",
             "stopping",
             "storage",
+            "threads",
         },
     ),
     "cluster_files": ({"ray"}, {"errors", "redaction"}),
