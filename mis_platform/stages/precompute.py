@@ -391,6 +391,7 @@ def list_refused(dataset: Dataset) -> list[Refused]:
 
 
 def write_quarantine(refused: Iterable[Refused], out: Storage) -> None:
+    """One file, by image id, also where nothing was refused."""
     rows = [each._asdict() for each in sorted(refused)]
     out.write_bytes(QUARANTINE_FILE, _to_parquet(pa.Table.from_pylist(rows, schema=QUARANTINE)))
 
@@ -580,6 +581,7 @@ def _workers(resources: Resources, gpus: int) -> int:
 
 
 def read_records(records: ray.data.Dataset) -> Iterator[Row]:
+    """Of chunks, as they are finished."""
     for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, cast(pa.Table, batch)["record"].to_pylist())
 
@@ -594,6 +596,7 @@ def chunk_dataset(photos: Sequence[Photo], chunk_images: int) -> ray.data.Datase
 
 
 def photos_of(chunk: pa.Table) -> list[Photo]:
+    """The photos of a row or several of `chunk_dataset`."""
     return [photo for row in chunk.to_pylist() for photo in zip(row["image_ids"], row["paths"])]
 
 
@@ -719,6 +722,7 @@ def in_steps(
 def decode_chunk(
     chunk: pa.Table, features: FeaturesConfig, data: DataConfig, untrusted: bool = False
 ) -> Iterator[pa.Table]:
+    """A row of TRAVELLING for each photo: pixels of the network's size, or why it was refused."""
     for photo in photos_of(chunk):
         decoded = Decoded(photo, attempt(photo, "decode", functools.partial(decode, photo, data, untrusted)))
         pixels = decoded.pixels
@@ -739,6 +743,7 @@ class FeatureWorker:
 
 
 def arrived(travelling: pa.Table) -> Decoded:
+    """The photo of one row of TRAVELLING, as the network takes it."""
     photo, size, pixels = unpack(travelling, np.uint8)
     return Decoded(photo, pixels, size)
 
@@ -758,6 +763,8 @@ def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrus
 
 
 def write_chunk(travelling: pa.Table, out: Storage, product: Product) -> pa.Table:
+    """Rows of TRAVELLING with what was made of them -> the record of their parts."""
+
     def results() -> Iterator[Row | Refused]:
         for k in range(len(travelling)):
             _, _, made = unpack(travelling.slice(k, 1), np.uint8)
@@ -780,6 +787,7 @@ def _warm_up(product: Product) -> None:
 
 
 def pack(photo: Photo, size: tuple[int, ...], content: np.ndarray | Refused) -> pa.Table:
+    """One row of TRAVELLING. size: (height, width) of the photo in pixels."""
     row: Row = {"image_id": photo[0], "path": photo[1], "height": size[0], "width": size[1]}
     if isinstance(content, Refused):
         return pa.Table.from_pylist([row | {"refused": list(content)}], schema=TRAVELLING)

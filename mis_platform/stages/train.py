@@ -254,6 +254,7 @@ def images_at_once(resources: Resources) -> int:
 
 
 def uses_gpu(resources: Resources) -> bool:
+    """Whether a training runs on GPUs; `plan` refuses one that asks for more than there are."""
     return cluster.gpus() > 0 if resources.use_gpu is None else resources.use_gpu
 
 

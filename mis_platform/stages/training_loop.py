@@ -398,5 +398,6 @@ def load_optimizer(out: Storage, step: int, optimizer: torch.optim.Adam) -> None
 
 
 def load_history(out: Storage, step: int) -> History:
+    """What was logged up to the checkpoint of `step`."""
     text = out.child(CHECKPOINTS, f"{step:08d}").read_bytes(HISTORY_FILE).decode()
     return [json.loads(line) for line in text.splitlines()]
