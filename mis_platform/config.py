@@ -360,7 +360,7 @@ def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def override(settings: Any, assignments: Iterable[str]) -> Any:
-    """`settings` with each `dotted.name=value` applied; values are JSON or plain text.
+    """`settings` with each `dotted.name=value` applied; values are JSON or plain text, "none" is null.
 
     Raises ValueError that names the nearest right setting, or the allowed values.
     """
@@ -419,7 +419,8 @@ def _parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return name.strip(), json.loads(value)
     except json.JSONDecodeError:
-        return name.strip(), value.strip()
+        text = value.strip()
+        return name.strip(), None if text == "none" else text  # as `mis show` prints it
     except RecursionError:
         raise ValueError(f"--set {name.strip()}: the value is nested too deeply") from None
 

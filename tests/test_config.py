@@ -101,6 +101,13 @@ def test_every_setting_can_be_set_to_its_own_default():
         assert override(Run(), [f"{name}={json.dumps(value)}"]) == Run(), name
 
 
+def test_none_is_what_mis_show_prints_for_nothing():
+    for text in ("none", "null"):
+        assert override(Run(), ["train.max_steps=5", f"train.max_steps={text}"]) == Run()
+    with pytest.raises(ValueError, match=r"train\.epochs=None: Input should be a valid integer"):
+        override(Run(), ["train.epochs=none"])
+
+
 def test_labels_take_a_fraction():
     run = override(Run(), ["target.source=labels", "target.fraction=0.05", "target.subset=random"])
     assert (run.target.source, run.target.fraction, run.target.subset) == ("labels", 0.05, "random")
