@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 
@@ -131,6 +130,8 @@ class Load:
         return self
 
     def _look(self) -> None:
+        import psutil  # comes inside Ray
+
         while not self._end.wait(0.2):
             self.cores.append(psutil.cpu_percent() * psutil.cpu_count() / 100)
             self.gpu.append(torch.cuda.utilization() if torch.cuda.is_available() else 0)

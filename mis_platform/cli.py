@@ -35,7 +35,18 @@ class Split(enum.StrEnum):
     val = "val"
 
 
+class Commands(TyperGroup):
+    """A group that says where a word belongs which is none of its commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and (place := _place_of(args[0])):
+            ctx.fail(f"No such command {args[0]!r}; did you mean: {place}?")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +54,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Datasets: what is there, and is it whole?")
 app.add_typer(data_app, name="data")
-run_app = typer.Typer(no_args_is_help=True, help="Experiments: every table and figure of the paper.")
+run_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Experiments: every table and figure of the paper.")
 app.add_typer(run_app, name="run")
 cluster_app = typer.Typer(no_args_is_help=True, help="Clusters: is a file right, before money is spent?")
 app.add_typer(cluster_app, name="cluster")
@@ -72,6 +83,23 @@ UntrustedOption = Annotated[
 DatasetOption = Annotated[
     str | None, typer.Option("--dataset", help="NAME under --data-root, or NAME:PATH, e.g. folder:photos.")
 ]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from mis_platform import __version__
+
+        typer.echo(f"mis {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What belongs to no command."""
 
 
 @app.command()
@@ -268,7 +296,7 @@ def report_experiment(
     assignments: SetOption = None,
 ) -> None:
     """The table of an experiment beside the paper's, from what is done so far; runs nothing."""
-    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=False)
+    prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=False, reads=True)
     from mis_platform import sweep
     from mis_platform.comparison import render
 
@@ -532,13 +560,29 @@ def _check_command(words: list[str]) -> None:
     command, rest = typer.main.get_command(app), list(words)
     while isinstance(command, TyperGroup):
         if not rest or rest[0] not in command.commands:
-            raise ValueError(f"no command `mis {' '.join(words)}`{nearest(rest[0] if rest else '', command.commands)}")
+            place = _place_of(rest[0]) if rest else ""
+            hint = f"; did you mean: {place}?" if place else nearest(rest[0] if rest else "", command.commands)
+            raise ValueError(f"no command `mis {' '.join(words)}`{hint}")
         command = command.commands[rest.pop(0)]
     context = command.make_context(f"mis {' '.join(words[: len(words) - len(rest)])}", rest)
     if (name := context.params.get("name")) is not None:
         from mis_platform.experiment import load_experiment
 
         load_experiment(name)
+
+
+def _place_of(word: str) -> str:
+    """The command line on which a command of another group, or an experiment, can be asked for; "" for other words."""
+    from mis_platform.experiment import list_experiments
+
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    if word in root.commands:
+        return f"mis {word}"
+    for name, group in root.commands.items():
+        if isinstance(group, TyperGroup) and word in group.commands:
+            return f"mis {name} {word}"
+    return f"mis run sweep {word}" if word in list_experiments() else ""
 
 
 def _print_settings(
@@ -577,8 +621,12 @@ def _sweep(
     data_root: Path | None,
     assignments: list[str] | None,
     writes: bool,
+    reads: bool = False,
 ) -> "Sweep":
-    """What the words of a command line mean; typing errors are told before anything heavy is imported."""
+    """What the words of a command line mean; typing errors are told before anything heavy is imported.
+
+    reads: that nothing was ever run in the root is an error.
+    """
     from mis_platform.config import Resources, override, split_resources
     from mis_platform.experiment import load_experiment
 
@@ -586,6 +634,8 @@ def _sweep(
     resources = override(Resources(), wide)
     load_experiment(name).with_profile(profile).with_settings(deciding).select(only or [])
     storage = _writable(root) if writes else _root(root)
+    if reads:
+        _check_runs(storage)
     from mis_platform import sweep
 
     return sweep.prepare(
@@ -599,6 +649,14 @@ def _sweep(
         seeds=seeds,
         writes=writes,
     )
+
+
+def _check_runs(root: "Storage") -> None:
+    from mis_platform.errors import DataError
+    from mis_platform.verification import has_artifacts
+
+    if not has_artifacts(root) and not root.child("sweeps").names():
+        raise DataError(f"nothing has been run in {root} yet; is it the right --root?")
 
 
 def _print_sweep(prepared: "Sweep") -> None:
@@ -692,7 +750,10 @@ def _without_missing(benchmark: "Dataset") -> "Dataset":
 def _root(root: str) -> "Storage":
     from mis_platform.storage import Storage
 
-    return Storage(root)
+    storage = Storage(root)
+    if storage.local is not None and os.path.isfile(storage.local):
+        raise ValueError(f"{storage} is a file, not a folder; choose another --root")
+    return storage
 
 
 def _writable(root: str) -> "Storage":

@@ -215,13 +215,15 @@ def _line(row: Row, outcomes: Sequence[Outcome]) -> Line:
 def _columns(experiment: Experiment, profile: str, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     """(data set, metric) of every table: what was measured; what the paper measured too, if that is what was asked for.
 
-    With nothing measured yet the paper's numbers are all there is to show.
+    With nothing measured there is nothing to compare, and no table.
     """
     done = [outcome for outcome in outcomes if outcome.state == "done"]
+    if not done:
+        return []
     clicked = [dataset for outcome in done for dataset in outcome.ious]
     columns = [(dataset, metric) for dataset in dict.fromkeys(clicked) for metric in (*TARGETS, *AFTER)]
     columns += [(dataset, "overlap") for dataset in dict.fromkeys(name for each in done for name in each.overlaps)]
-    if profile == PAPER_PROFILE or not columns:
+    if profile == PAPER_PROFILE:
         keys = (key.rpartition("/") for row in experiment.rows for key in row.paper)
         columns += [(dataset, metric) for dataset, _, metric in keys]
     order = list(dict.fromkeys(dataset for dataset, _ in columns))
@@ -352,21 +354,23 @@ def render(comparison: Comparison, format: str) -> str:
 
 def _as_text(comparison: Comparison) -> str:
     heading = comparison.question
-    parts = [f"{heading}\n{'=' * len(heading)}", _setting(comparison)]
+    parts = [f"{heading}\n{'=' * len(heading)}", _setting(comparison), "\n".join(_states(comparison))]
     parts += [f"{table.title}\n\n{plain_table(table.rows)}" for table in _tables(comparison)]
-    parts += ["\n".join(lines) for lines in (_remarks(comparison), _foot(comparison)) if lines]
-    return "\n\n".join(parts) + "\n"
+    parts += ["\n".join(lines) for lines in (_remarks(comparison), _foot(comparison))]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _as_markdown(comparison: Comparison) -> str:
-    parts = [f"# {_tame(comparison.question)}", _tame(_setting(comparison))]
+    parts = [f"# {_tame(comparison.question)}", _tame(_setting(comparison)), _markdown_list(_states(comparison))]
     for table in _tables(comparison):
         cells = [[_tame(cell) for cell in row] for row in table.rows]
         parts.append(f"## {_tame(table.title)}\n\n{markdown_table(cells)}")
-    for lines in (_remarks(comparison), _foot(comparison)):
-        if lines:
-            parts.append("\n".join(f"- {_tame(line)}" for line in lines))
-    return "\n\n".join(parts) + "\n"
+    parts += [_markdown_list(lines) for lines in (_remarks(comparison), _foot(comparison))]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _markdown_list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {_tame(line)}" for line in lines)
 
 
 def _tame(text: str) -> str:
@@ -400,6 +404,7 @@ def _as_html(comparison: Comparison) -> str:
 <body>
 <h1>{title}</h1>
 <p>{html.escape(_setting(comparison))}</p>
+{_html_list(_states(comparison))}
 {tables}
 {_html_list(_remarks(comparison))}
 <footer>
@@ -458,9 +463,10 @@ def _setting(comparison: Comparison) -> str:
 
 
 def _tables(comparison: Comparison) -> list[Table]:
-    """One table a data set and metric; one of states alone while there is no number at all."""
+    """One table a data set and metric; one of the rows that are done where that gave no number at all."""
     if not comparison.cells:
-        return [Table("rows", [["row", "state"], *([line.name, line.state] for line in comparison.lines)])]
+        done = [[line.name, line.state] for line in comparison.lines if line.state == "done"]
+        return [Table("rows", [["row", "state"], *done])] if done else []
     tables = []
     for (dataset, metric), group in groupby(comparison.cells, key=lambda cell: (cell.dataset, cell.metric)):
         cells = list(group)
@@ -508,19 +514,24 @@ def _interval(low: float | None, high: float | None, digits: int, sign: str = ""
     return "" if low is None or high is None else f"[{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def _remarks(comparison: Comparison) -> list[str]:
-    """Rows that have no number or not all, then the notes."""
-    remarks = []
+def _states(comparison: Comparison) -> list[str]:
+    """Why rows have no number or not all of them; a reason that several share is told once."""
+    told: dict[str, list[str]] = {}
     for line in comparison.lines:
         words = {"done": line.reason, "missing": "not run yet"}
         words |= {state: f"{state}: {line.reason or 'no reason given'}" for state in STOPPED}
         if words.get(line.state):
-            remarks.append(f"{line.name}: {' '.join(words[line.state].split())}")
+            told.setdefault(" ".join(words[line.state].split()), []).append(line.name)
+    return [f"{', '.join(names)}: {what}" for what, names in told.items()]
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """Where quoted rows are from, then the notes."""
     sources: dict[str, list[str]] = {}
     for line in comparison.lines:
         if line.state == "quoted":
             sources.setdefault(line.reason, []).append(line.name)
-    remarks += [f"Not run here: {', '.join(names)}. Quoted from {source}." for source, names in sources.items()]
+    remarks = [f"Not run here: {', '.join(names)}. Quoted from {source}." for source, names in sources.items()]
     return remarks + list(comparison.notes)
 
 

@@ -64,7 +64,7 @@ def tell(root: Storage, run: Run, resources: Resources) -> None:
     began = time.monotonic()
     with cluster():
         photos, benchmark = _step(1, "photos and a benchmark from the wheels", lambda: _material(root.local))
-        run = run.model_copy(update={"dataset": f"folder:{photos.root}"})
+        run = on_material(run, photos, benchmark)
         trees = _step(2, "merge trees", lambda: jobs.finish(pipeline.trees_stage(photos, run, resources), root))
         untrained = jobs.finish(pipeline.initial_stage(run), root)
         before = _step(
@@ -77,7 +77,7 @@ def tell(root: Storage, run: Run, resources: Resources) -> None:
         for name, model in (("untrained", untrained), ("trained", trained))
     }
     pictures = _step(6, "pictures", lambda: _draw(root, photos, benchmark, trees, trained, curves, run, resources))
-    print(f"\n{report.summary_table([before, after])}\n")
+    print(f"\n{report.summary_table([before, after], intervals=False)}\n")  # with them, in MLflow: noc.md
     last = ", ".join(f"{name} {curve[-1]:.2f}" for name, curve in curves.items())
     print(f"mean IoU after {run.eval.max_clicks} clicks: {last}\n")  # NoC hardly tells such small models apart
     print(f"done in {duration(time.monotonic() - began)}; pictures:")
@@ -88,6 +88,12 @@ def tell(root: Storage, run: Run, resources: Resources) -> None:
     print(f"  mis ui --root {root}")
     print(f"  mis quickstart --root {root} --set sampling.alpha=0.8      # only the second training is new")
     print("  mis precompute --dataset folder:YOUR_PHOTOS --set features.extractor=color_texture")
+
+
+def on_material(run: Run, photos: Dataset, benchmark: Dataset) -> Run:
+    """`run` with the names of what it is trained and scored on, as its parameters in MLflow say them."""
+    scored = (f"{benchmark.name}:{benchmark.root}",)
+    return run.model_copy(update={"dataset": f"folder:{photos.root}", "eval_datasets": scored})
 
 
 def _step(number: int, what: str, work):  # type: ignore[no-untyped-def]
@@ -123,10 +129,14 @@ def _draw(
     run: Run,
     resources: Resources,
 ) -> list[Path]:
-    """The pictures of the story as files under root/pictures, and in the MLflow run of the trained model."""
+    """The pictures of the story as files under root/pictures, and in the MLflow run of the trained model.
+
+    Their folder has the name of the clicks that they show, so that those of other settings stay.
+    """
     assert root.local is not None
-    folder = root.local / "pictures"
-    folder.mkdir(exist_ok=True)
+    clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
+    folder = root.local / "pictures" / Path(clicks.uri).name
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = {"iou.png": figures.iou_curve(curves)}
     reader = TreeReader(trees)
     for k, image_id in enumerate(photos.image_ids[:3]):
@@ -134,7 +144,6 @@ def _draw(
             read_image(photos.image_path(image_id)), reader.tree(image_id)
         )
     replay = jobs.replay_of(model, benchmark, run)
-    clicks = jobs.finish(pipeline.clicks_stage(benchmark, run, resources, model), root)
     for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks, DRAWN)):
         drawn[f"clicks-{k}.png"] = figure
     trained = jobs.trained_with(model, run)

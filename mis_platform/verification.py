@@ -100,6 +100,11 @@ def _chosen(root: Storage, names: list[str]) -> list[str]:
     return [each for each in found if not names or any(each.startswith(name) for name in names)]
 
 
+def has_artifacts(root: Storage) -> bool:
+    """Whether anything was begun in this root, by its listing alone."""
+    return any(True for _ in _artifacts(root))
+
+
 def _artifacts(root: Storage) -> Iterator[str]:
     """What looks like an artifact; that listing decides nothing about what is inside."""
     shelves = [*FLAT, *(f"{kind}/{name}" for kind in NESTED for name in root.child(kind).names())]

@@ -14,7 +14,7 @@ from commands import mis
 from PIL import Image
 from processes import running
 
-from mis_platform import cli
+from mis_platform import __version__, cli
 
 
 @pytest.fixture
@@ -31,7 +31,16 @@ def photos(tmp_path: Path) -> Path:
     ("arguments", "code", "expected"),
     [
         (["--help"], 0, "precompute"),
+        (["-h"], 0, "precompute"),
+        (["run", "sweep", "-h"], 0, "--profile"),
+        (["--version"], 0, f"mis {__version__}\n"),
         (["trian"], 2, "No such command"),
+        (["sweep", "x"], 2, "did you mean: mis run sweep?"),
+        (["validate", "x"], 2, "did you mean: mis cluster validate?"),
+        (["run", "figure5"], 2, "did you mean: mis run sweep figure5?"),
+        (["run", "figure5", "--dry-run"], 2, "did you mean: mis run sweep figure5?"),
+        (["figure5"], 2, "did you mean: mis run sweep figure5?"),
+        (["run", "train"], 2, "did you mean: mis train?"),
         (["train", "--epochs", "3"], 2, "No such option"),
         (["train", "--set", "train.epoch=1"], 2, "did you mean train.epochs?"),
         (["train", "--set", "sampling.alpha=1.5"], 2, "sampling.alpha must lie in [0, 1)"),
@@ -45,6 +54,7 @@ def photos(tmp_path: Path) -> Path:
         (["quickstart", "--set", "eval.davis_zoom_size=300"], 2, "multiples of 224 pixels"),
         (["submit", "--", "run", "sweep", "ablation_alfa"], 2, "did you mean ablation_alpha?"),
         (["submit", "--", "trian"], 2, "did you mean train?"),
+        (["submit", "--", "sweep", "figure5"], 2, "did you mean: mis run sweep?"),
         (["submit", "run", "sweep", "ablation_alfa", "--profile", "smoke"], 2, "did you mean ablation_alpha?"),
         (["submit", "run", "sweep", "ablation_alpha", "--profil", "smoke"], 2, "No such option: --profil"),
         (["ui", "--root", "/nowhere"], 3, "there are no runs yet: /nowhere/mlflow.db does not exist"),
@@ -200,6 +210,9 @@ def test_an_unwritable_root_is_refused_before_anything_starts(photos, capsys, tm
     arguments = ["precompute", "--dataset", f"folder:{photos}", "--set", "features.extractor=color_texture"]
     assert mis(*arguments, "--root", str(root)) == 2
     assert "choose another --root" in capsys.readouterr().err
+    for command in (arguments, ["quickstart"], ["ui"], ["verify"], ["report", "figure5"]):
+        assert mis(*command, "--root", str(root)) == 2
+        assert capsys.readouterr().err == f"Error: {root} is a file, not a folder; choose another --root\n"
     if os.geteuid() != 0:  # root may write anywhere
         closed = tmp_path / "closed"
         closed.mkdir(mode=0o500)

@@ -24,6 +24,7 @@ from mis_platform.experiment import Experiment, Row, changed, noc
 
 ALPHA = Row("alpha=0.9", Run(), noc("grabcut", 2.0, 3.0))
 FLAT = Row("alpha=0", changed(Run(), **{"sampling.alpha": 0.0}), noc("grabcut", 2.5, 3.5))
+STEEP = Row("alpha=0.5", changed(Run(), **{"sampling.alpha": 0.5}), noc("grabcut", 2.5, 3.5))
 OTHER = Row("Other*", Run(), noc("grabcut", 5.0, 6.0), quoted="paper, Table 1")
 EXPERIMENT = Experiment("Which alpha?", (FLAT, ALPHA, OTHER), "Table 4", default="alpha=0.9", tolerance=0.25)
 PROTOCOL = {"fingerprint": "f1", "threshold": 0.5, "max_clicks": 4}
@@ -251,8 +252,9 @@ def test_outcomes_that_do_not_fit_are_refused() -> None:
 
 
 def test_every_row_stays_with_its_state() -> None:
-    outcomes = [Outcome(FLAT, 0, "failed", "no weights\nfor it"), Outcome(FLAT, 1, "missing")]
-    comparison = compare(EXPERIMENT, "paper", outcomes, {})
+    experiment = dataclasses.replace(EXPERIMENT, rows=(*EXPERIMENT.rows, STEEP))
+    outcomes = [Outcome(FLAT, 0, "failed", "no weights\nfor it"), Outcome(FLAT, 1, "missing"), done(STEEP, 2)]
+    comparison = compare(experiment, "paper", outcomes, {})
     assert state_of(comparison, "alpha=0") == ("failed", "no weights\nfor it")
     assert state_of(comparison, "alpha=0.9") == ("missing", "")
     assert state_of(comparison, "Other*") == ("quoted", "paper, Table 1")
@@ -262,15 +264,17 @@ def test_every_row_stays_with_its_state() -> None:
     assert ["alpha=0.9", "missing", "3.00"] in lines
     assert ["Other*", "quoted", "6.00", "(quoted)"] in lines
     assert "alpha=0: failed: no weights for it\nalpha=0.9: not run yet\n" in text
+    assert text.index("not run yet") < text.index("grabcut: "), "before the tables"
     assert "Not run here: Other*. Quoted from paper, Table 1." in text
 
 
 def test_a_row_whose_weights_are_missing_has_not_failed() -> None:
-    outcomes = [Outcome(FLAT, seed, "refused", "no weights") for seed in (0, 1)]
+    outcomes = [*(Outcome(FLAT, seed, "refused", "no weights") for seed in (0, 1)), done(ALPHA, 1)]
     comparison = compare(EXPERIMENT, "paper", outcomes, {})
     assert state_of(comparison, "alpha=0") == ("refused", "no weights")
     text = render(comparison, "text")
     assert ["alpha=0", "refused", "3.50"] in [line.split() for line in text.splitlines()]
+    assert text.count("no weights") == 1
     assert "alpha=0: refused: no weights\n" in text
     mixed = compare(EXPERIMENT, "paper", [outcomes[0], Outcome(FLAT, 1, "failed", "no memory")], {})
     assert state_of(mixed, "alpha=0") == ("failed", "no weights; no memory")
@@ -284,11 +288,28 @@ def test_a_failed_seed_does_not_hide_the_others() -> None:
     assert "alpha=0.9: seed 1 failed: out of memory" in render(comparison, "markdown")
 
 
+@pytest.mark.parametrize("profile", ["paper", "smoke"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_experiment_without_any_number_has_a_report(format: str) -> None:
-    comparison = compare(Experiment("How does it look?", (Row("MIS", Run()),), "Figure 5"), "smoke", [], {})
+def test_without_any_number_there_is_no_table_and_a_reason_once(format: str, profile: str) -> None:
+    outcomes = [Outcome(row, 0, "refused", "no photos") for row in (FLAT, ALPHA)]
+    comparison = compare(EXPERIMENT, profile, outcomes, {})
     assert comparison.cells == ()
-    assert "missing" in render(comparison, format)
+    text = render(comparison, format)
+    if format == "json":
+        assert [line["state"] for line in json.loads(text)["lines"]] == ["refused", "refused", "quoted"]
+        return
+    assert "alpha=0, alpha=0.9: refused: no photos" in text
+    assert text.count("refused") == 1
+    assert "NoC" not in text
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_that_are_done_without_a_number_are_named(format: str) -> None:
+    comparison = compare(EXPERIMENT, "smoke", [Outcome(ALPHA, 0, "done")], {})
+    assert comparison.cells == ()
+    text = render(comparison, format)
+    assert "done" in text
+    assert "alpha=0: not run yet" in text or format == "json"
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------

@@ -88,12 +88,14 @@ def test_quickstart_tells_the_whole_story(ray_cluster, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "three things to try next" in printed
     assert re.search(r"mean IoU after 20 clicks: untrained 0\.\d\d, trained 0\.\d\d\n", printed)
-    pictures = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    (folder,) = (tmp_path / "pictures").iterdir()
+    pictures = sorted(path.name for path in folder.iterdir())
     assert pictures == ["clicks-0.png", "clicks-1.png", "iou.png", *(f"merge-levels-{k}.png" for k in range(3))]
-    assert all(str(tmp_path / "pictures" / name) in printed for name in pictures)
+    assert all(str(folder / name) in printed for name in pictures)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
     runs.sort(key=lambda run: run.info.run_name != "untrained")  # the other one has the name of its settings
+    assert {run.data.params["eval_datasets"] for run in runs} == {f"synthetic:{tmp_path / 'benchmark'}"}
     before, after = (client.get_metric_history(run.info.run_id, "synthetic/iou")[-1] for run in runs)
     assert before.step == after.step == 20
     assert after.value > before.value + 0.3

@@ -207,6 +207,14 @@ def test_the_text_table_lines_up(tmp_path: Path) -> None:
     assert [row[place:].split()[0] for row in rows[:3]] == ["13.00", "13.00", "2.32"]
 
 
+def test_without_intervals_the_table_fits_a_terminal(tmp_path: Path) -> None:
+    scores = [score(tmp_path, name, GOLDEN, "synthetic") for name in ("untrained", "trained")]
+    _, rule, *rows = report.summary_table(scores, intervals=False).splitlines()
+    assert len(rule) <= 80
+    assert rows[0].split() == ["untrained", "synthetic", "5", "8.80", "9.00", "13.00", "2", "0.500"]
+    assert "[" not in "".join(rows)
+
+
 def test_the_papers_numbers() -> None:
     assert {name: (row.noc85, row.noc90) for name, row in report.PAPER.items()} == {
         "grabcut": (1.94, 2.32),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from commands import mis
 
 from mis_platform import cli, sweep, trial
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
@@ -176,6 +177,10 @@ def test_a_sweep_of_which_no_row_can_start_leaves_no_run(
     refused = [line for line in comparison.lines if line.state == "refused"]
     assert [line.name for line in refused] == ["good", "twin", "diverges"]
     assert all("photos" in line.reason for line in refused)
+    text = Path(str(prepared.directory.local), "report.txt").read_text()
+    assert text.split("\n\n")[2].startswith("good, twin, diverges: refused: "), "the reason comes first, once"
+    assert "NoC" not in text
+    assert "commits" not in text
     assert (Path(str(prepared.directory.local)) / "report.json").is_file()
     assert not (tmp_path / "mlflow.db").exists()
 
@@ -354,16 +359,21 @@ def test_what_a_sweep_would_do(
         assert ["missing", task.name, task.fingerprint(prepared.resources)] in rows
 
 
-def test_a_report_of_nothing_writes_nothing(
-    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_report_of_nothing_says_so_and_writes_nothing(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "root"
-    monkeypatch.setattr(sys, "argv", ["mis", "report", "tiny", "--profile", "smoke", "--root", str(root)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    assert "good: not run yet" in capsys.readouterr().out
+    assert mis("report", "tiny", "--profile", "smoke", "--root", root) == cli.DATA
+    assert capsys.readouterr().err == f"Error: nothing has been run in {root} yet; is it the right --root?\n"
     assert not root.exists()
+    assert mis("report", "tiny", "--profile", "smok", "--root", root) == cli.USAGE
+    (root / "trees" / "0123456789abcdef").mkdir(parents=True)  # of whatever else
+    capsys.readouterr()
+    assert mis("report", "tiny", "--profile", "smoke", "--root", root) == 0
+    text = capsys.readouterr().out
+    assert "good, twin, diverges: not run yet" in text
+    assert "NoC" not in text
+    assert [path.name for path in root.iterdir()] == ["trees"]
 
 
 def test_rows_that_cannot_start_are_no_finished_work(experiments: Path, tmp_path: Path) -> None:

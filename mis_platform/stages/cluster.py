@@ -25,7 +25,8 @@ from mis_platform.storage import TEMPORARY, Storage
 
 NODE_SECONDS = 60.0  # for every node to look for a file: its first process has to start
 CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
-LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+# Port 0 is a free one: at 8265, where `mis submit` looks, there is only a head that somebody started on purpose.
+LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
 
 _raylet: Any = None  # process of the Ray that this process started
 
@@ -39,8 +40,8 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
 
     A Ray that is already initialised (a notebook, a test session, an enclosing stage) is used as it is. A started one
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
-    to change that) on the ports it opens, and the dashboard, on the loopback address: placement groups of stopped
-    trials are only cleaned up while its state API answers.
+    to change that) on the ports it opens, and the dashboard, on a free port of the loopback address: placement groups
+    of stopped trials are only cleaned up while its state API answers.
     Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
     """
     global _raylet
@@ -187,6 +188,26 @@ def scratch(prefix: str) -> Iterator[str]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def addressed() -> Iterator[None]:
+    """Ray Train's processes that start meanwhile ask this cluster.
+
+    The one that cleans up after a dead controller asks the state API, which takes any Ray that it finds on the machine
+    unless RAY_ADDRESS names one. A head that knows nothing of the controller would have a living training given up.
+    """
+    from ray.train.v2._internal import constants  # a second to import, which only trainings need
+
+    before = os.environ.get("RAY_ADDRESS")
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def beside(kind: type[Any], *arguments: Any) -> Any:

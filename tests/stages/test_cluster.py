@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import ray
 from devices import wants_gpus
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.state import list_placement_groups
 
 from mis_platform.config import EvalConfig, FeaturesConfig, Resources
 from mis_platform.data.benchmarks import Dataset
@@ -89,6 +91,20 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(address: str | None, told
     assert str(caught.value) == told
 
 
+@pytest.mark.ray
+def test_the_port_of_a_head_that_was_started_on_purpose_is_left_to_it(ray_cluster: None) -> None:
+    """`mis submit` would otherwise send a job to a Ray that ends with another command."""
+    node = ray._private.worker._global_node
+    host, _, port = node.webui_url.rpartition(":")
+    assert host == "127.0.0.1"
+    assert int(port) not in range(8265, 8265 + 51), "Ray's default, and where it goes on when that is taken"
+    group = placement_group([{"CPU": 0.01}])
+    ray.get(group.ready())
+    listed = list_placement_groups(address=node.gcs_address, limit=1000)
+    assert group.id.hex() in {each.placement_group_id for each in listed}, "the state API answers there"
+    remove_placement_group(group)
+
+
 class Reserves:
     """As the controller of Ray Train: what it reserves outlives it as long as its job runs."""
 
@@ -98,6 +114,14 @@ class Reserves:
     def ready(self) -> str:
         ray.get(self.group.ready())
         return self.group.id.hex()
+
+
+@pytest.mark.ray
+def test_processes_of_ray_train_are_told_which_cluster_is_theirs(ray_cluster: None) -> None:
+    before = os.environ.get("RAY_ADDRESS")
+    with cluster.addressed():
+        assert get_env_vars_to_propagate()["RAY_ADDRESS"] == ray.get_runtime_context().gcs_address
+    assert os.environ.get("RAY_ADDRESS") == before
 
 
 @pytest.mark.ray

@@ -106,7 +106,11 @@ def test_a_training_leaves_a_model_its_history_and_two_checkpoints(
 def test_two_workers_and_then_one_follow_the_curve_of_one(
     material: Material, straight: tuple[Storage, Recorder], tmp_path: Path
 ) -> None:
-    """Ctrl-C stops the two at step 6 or soon after."""
+    """Ctrl-C stops the two at step 6 or soon after.
+
+    Two workers add up in another order. The curves are 1e-7 apart at first; a pixel on the edge of an error may then
+    move a click (seen at the sixth step: 2e-5, 3e-4 at the last).
+    """
 
     def press_ctrl_c() -> None:
         raise KeyboardInterrupt
@@ -119,7 +123,9 @@ def test_two_workers_and_then_one_follow_the_curve_of_one(
     assert 6 <= stopped <= STEPS
     train(material[0], short_run(), material[1], resources(), out, recorder)
     expected = [row["loss"] for row in straight[1].rows]
-    assert [row["loss"] for row in load_history(out, STEPS)] == pytest.approx(expected, rel=1e-4)
+    found = [row["loss"] for row in load_history(out, STEPS)]
+    assert found[:4] == pytest.approx(expected[:4], rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-3)
     assert sorted({row["step"] for row in recorder.rows}) == list(range(1, STEPS + 1))
 
 
