@@ -2,6 +2,7 @@
 
 python benchmarks/evaluation.py                # xT at 448 pixels on the CPU; ViT-B too if there is a CUDA device
 python benchmarks/evaluation.py --repeats 5    # repeats take turns; the median and the range are printed
+python benchmarks/evaluation.py --precision tf32    # eval.precision
 """
 
 import argparse
@@ -35,12 +36,12 @@ def photos(count: int, rng: np.random.Generator) -> list[Sample]:
     return samples
 
 
-def compare(variant: str, device: str, batches: list[int], objects: int, repeats: int) -> None:
+def compare(variant: str, device: str, batches: list[int], objects: int, repeats: int, precision: str) -> None:
     """Print clicks per second for every batch size; a repeat runs each of them once."""
     torch.manual_seed(0)
     network = SimpleClick(variant, IMAGE_SIZE).to(device).eval()
     samples = photos(objects // 2, np.random.default_rng(0))
-    config = EvalConfig(max_clicks=4, fixed_clicks=True)
+    config = EvalConfig.model_validate({"max_clicks": 4, "fixed_clicks": True, "precision": precision})
     seconds: dict[int, list[float]] = {batch: [] for batch in batches}
     rows: dict[int, list[dict]] = {}
     for repeat in range(repeats + 1):
@@ -54,7 +55,8 @@ def compare(variant: str, device: str, batches: list[int], objects: int, repeats
         rates = [clicks / each for each in seconds[batch]]
         same = np.mean([a["y"] == b["y"] and a["x"] == b["x"] for a, b in zip(rows[batch], rows[batches[0]])])
         print(
-            f"{variant} {IMAGE_SIZE} px, {device}, batch {batch:3}: {statistics.median(rates):7.2f} clicks/s "
+            f"{variant} {IMAGE_SIZE} px, {device}, {precision}, batch {batch:3}: "
+            f"{statistics.median(rates):7.2f} clicks/s "
             f"({min(rates):.2f} to {max(rates):.2f}), {same:.1%} of the clicks as with batch {batches[0]}"
         )
 
@@ -78,14 +80,15 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} CPU threads, {arguments.objects} objects, 4 clicks each")
     simulated_user((375, 500), arguments.repeats)
     simulated_user((1200, 1600), arguments.repeats)
-    compare("vit_xt", "cpu", [1, 2, 4, 8], arguments.objects, arguments.repeats)
+    compare("vit_xt", "cpu", [1, 2, 4, 8], arguments.objects, arguments.repeats, arguments.precision)
     if torch.cuda.is_available():
-        compare("vit_b", "cuda", [1, 8, 32], 4 * arguments.objects, arguments.repeats)
+        compare("vit_b", "cuda", [1, 8, 32], 4 * arguments.objects, arguments.repeats, arguments.precision)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def is_disabled() -> bool:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a host name or address stays on this machine."""
     if host.lower() == "localhost":
         return True
     try:

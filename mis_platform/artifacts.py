@@ -140,6 +140,7 @@ def remake(stage: Stage, root: Storage, damaged: Sequence[str]) -> dict[str, Any
 
 
 def write_manifest(stage: Stage, output: Output, out: Storage, seconds: float = 0.0) -> None:
+    """What makes an artifact finished; written last. seconds: that the stage took."""
     manifest = {
         **stage.identity(),
         "fingerprint": stage.fingerprint,
@@ -222,6 +223,7 @@ def combine_digests(digests: Iterator[str] | list[str] | tuple[str, ...]) -> str
 
 
 def sha256(data: bytes) -> str:
+    """In hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -338,6 +338,8 @@ def _notes_on_objects(experiment: Experiment, cells: Sequence[Cell]) -> list[str
 
 
 class Table(NamedTuple):
+    """A table of a report, in cells of text."""
+
     title: str
     rows: list[list[str]]  # the first is the head
 

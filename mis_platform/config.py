@@ -323,14 +323,14 @@ class Resources(Settings):
 
     num_workers: int = Field(1, ge=1)  # training processes
     use_gpu: bool | None = None  # None: if the cluster has one
-    # Images per forward of training, which never changes the effective batch; None: 32 on a GPU (fewer, if its memory
+    # Images per forward of training, which never changes the effective batch; None: 32 on a GPU (16 or 8, if its memory
     # does not hold them), 8 on a CPU.
     batch_per_device: int | None = Field(None, ge=1)
-    extractors: int | None = Field(None, ge=1)  # feature actors; None: one for each GPU, else one for each CPU
+    extractors: int | None = Field(None, ge=1)  # processes that describe photos; None: 4 for each GPU, else 1 a CPU
     chunk_images: int = Field(16, ge=1)  # photos that travel together through precompute; batches are formed in them
     loaders: int | None = Field(None, ge=1)  # tasks that make training examples; None: from the free CPUs
-    eval_workers: int | None = Field(None, ge=1)
-    eval_batch: int = Field(8, ge=1)  # objects per forward
+    eval_workers: int | None = Field(None, ge=1)  # processes that score; None: 4 for each GPU, else 1 for each CPU
+    eval_batch: int = Field(8, ge=1)  # objects per forward on a GPU; a CPU takes one at a time
     checkpoint_every: int = Field(200, ge=1)  # steps
     log_every: int = Field(10, ge=1)  # steps
     max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
@@ -360,7 +360,7 @@ def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def override(settings: Any, assignments: Iterable[str]) -> Any:
-    """`settings` with each `dotted.name=value` applied; values are JSON or plain text.
+    """`settings` with each `dotted.name=value` applied; values are JSON or plain text, "none" is null.
 
     Raises ValueError that names the nearest right setting, or the allowed values.
     """
@@ -419,7 +419,8 @@ def _parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return name.strip(), json.loads(value)
     except json.JSONDecodeError:
-        return name.strip(), value.strip()
+        text = value.strip()
+        return name.strip(), None if text == "none" else text  # as `mis show` prints it
     except RecursionError:
         raise ValueError(f"--set {name.strip()}: the value is nested too deeply") from None
 

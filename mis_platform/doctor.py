@@ -48,6 +48,7 @@ FLOORS = {"ray": "2.60", "pillow": "12.3", "mlflow": "3.16.1", "torch": "2.6"}
 GIB, MIB = 2**30, 2**20
 PROBE_BYTES = MIB
 LITTLE_SPACE, HARDLY_SPACE = 20 * GIB, 1 * GIB
+GPU_FILE = Path("/dev/nvidia0")  # there where the machine has one
 OPEN_FILES = 65536  # Ray's advice
 SHARED_MEMORY_SHARE = 0.3  # of the memory: Ray's object store
 SECONDS = 5.0  # that a server has to answer
@@ -200,7 +201,8 @@ def _join(stack: contextlib.ExitStack) -> Findings:
 
 def _gpus(resources: Resources) -> Findings:
     here, whole = torch.cuda.device_count(), cluster.gpus()
-    if here == 0 and Path("/dev/nvidia0").exists():
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if here == 0 and GPU_FILE.exists() and not is_hidden:
         yield Finding(FAIL, "GPUs: there is one, and PyTorch cannot use it", "install a driver that fits this PyTorch")
     for index in range(here):
         device = torch.cuda.get_device_properties(index)

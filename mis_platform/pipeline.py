@@ -29,10 +29,12 @@ OnMetrics = Callable[[int, dict[str, float]], None]
 
 
 def training_photos(run: Run, data_root: Path | None, untrusted: bool = False) -> Dataset:
+    """What a training learns from. Raises DataError as `open_dataset`."""
     return open_dataset(run.dataset, data_root, split="train", untrusted=untrusted)
 
 
 def benchmark(spec: str, data_root: Path | None, untrusted: bool = False) -> Dataset:
+    """What a model is scored on. Raises DataError as `open_dataset`."""
     return open_dataset(spec, data_root, split="val", untrusted=untrusted)
 
 

@@ -44,7 +44,8 @@ SETTINGS = [
 # Batches of 2 leave the plateau of the mean, where a transformer from scratch begins, after about 1 000 images; batches
 # of 4 needed twice as many on one machine and had not left it after 2 000 on another.
 # Two processes of one core each are half as fast again as one with two threads: the model's matrices are too small.
-RESOURCES = ["num_workers=2", "log_every=5", "checkpoint_every=100"]
+# They would need two GPUs; without any, the story is the same on every machine.
+RESOURCES = ["num_workers=2", "use_gpu=false", "log_every=5", "checkpoint_every=100"]
 
 
 def settings(assignments: list[str]) -> tuple[Run, Resources]:

@@ -1,8 +1,8 @@
-"""Threads for work that NumPy and OpenCV do outside Python's lock."""
+"""Threads for work outside Python's lock, such as that of NumPy, OpenCV and GPUs."""
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,6 +19,19 @@ def in_threads(function: Callable[..., Result], *columns: Any) -> list[Result]:
     if len(columns[0]) == 1:
         return [function(*(column[0] for column in columns))]
     return list(_pool().map(function, *columns))
+
+
+def one_ahead(make: Callable[[], Result | None]) -> Generator[Result, None, None]:
+    """What `make` returns, call after call until that is None; each is made while the one before is in use.
+
+    All calls are made by one other thread. An error is raised where its result is asked for; closing the generator
+    waits for the call that is under way.
+    """
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        following = pool.submit(make)
+        while (made := following.result()) is not None:
+            following = pool.submit(make)
+            yield made
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import wants_gpus
 from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -17,6 +18,11 @@ RAY = "pytest.mark.ray"
 # The default run draws the same examples every time; HYPOTHESIS_PROFILE=default, for the nightly one, draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not wants_gpus(config.option.markexpr):  # results to the bit, and two workers on any machine, are of CPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @functools.cache

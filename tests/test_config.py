@@ -101,6 +101,13 @@ def test_every_setting_can_be_set_to_its_own_default():
         assert override(Run(), [f"{name}={json.dumps(value)}"]) == Run(), name
 
 
+def test_none_is_what_mis_show_prints_for_nothing():
+    for text in ("none", "null"):
+        assert override(Run(), ["train.max_steps=5", f"train.max_steps={text}"]) == Run()
+    with pytest.raises(ValueError, match=r"train\.epochs=None: Input should be a valid integer"):
+        override(Run(), ["train.epochs=none"])
+
+
 def test_labels_take_a_fraction():
     run = override(Run(), ["target.source=labels", "target.fraction=0.05", "target.subset=random"])
     assert (run.target.source, run.target.fraction, run.target.subset) == ("labels", 0.05, "random")
@@ -120,14 +127,18 @@ def test_the_fingerprint_of_the_paper_is_kept():
     assert fingerprint(Run()) == "3a7492ec4f91169a"
 
 
-def test_settings_younger_than_artifacts_leave_their_addresses():
-    assert "batch_size" not in plain(Run())["features"]
-    assert fingerprint(override(Run(), ["features.batch_size=1"])) == fingerprint(Run())
-    batched = override(Run(), ["features.batch_size=8"])
-    assert fingerprint(batched) != fingerprint(Run())
-    assert plain(batched)["features"]["batch_size"] == 8
-    assert Run.model_validate(plain(batched)) == batched
-    assert flatten(Run())["features.batch_size"] == 1
+@pytest.mark.parametrize(
+    ("name", "default", "other"), [("features.batch_size", 1, 8), ("eval.precision", "fp32", "bf16")]
+)
+def test_settings_younger_than_artifacts_leave_their_addresses(name, default, other):
+    group, leaf = name.split(".")
+    assert leaf not in plain(Run())[group]
+    assert fingerprint(override(Run(), [f"{name}={default}"])) == fingerprint(Run())
+    changed = override(Run(), [f"{name}={other}"])
+    assert fingerprint(changed) != fingerprint(Run())
+    assert plain(changed)[group][leaf] == other
+    assert Run.model_validate(plain(changed)) == changed
+    assert flatten(Run())[name] == default
 
 
 def test_resources_are_not_part_of_a_run():

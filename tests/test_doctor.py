@@ -103,6 +103,17 @@ def test_a_token_that_others_may_read_and_a_cluster_without_one(tmp_path, monkey
     assert "token authentication is off" in only(doctor._guarded("token", doctor._token), FAIL)[0]
 
 
+def test_a_gpu_that_pytorch_cannot_use_is_found_unless_it_is_hidden(tmp_path, monkeypatch):
+    assert only(doctor._gpus(Resources()), FAIL) == []  # GPUs are hidden from tests
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(doctor, "GPU_FILE", tmp_path / "nvidia0")
+    assert only(doctor._gpus(Resources()), FAIL) == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+    (fault,) = only(doctor._gpus(Resources()), FAIL)
+    assert "there is one, and PyTorch cannot use it" in fault
+
+
 def test_open_files(monkeypatch):
     import resource
 

@@ -1,4 +1,4 @@
-"""Imports only point down, and each heavy dependency has one home."""
+"""Imports only point down, each heavy dependency has one home, and what is public has a docstring."""
 
 import ast
 import subprocess
@@ -47,6 +47,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "simulation",
             "stopping",
             "storage",
+            "threads",
         },
     ),
     "cluster_files": ({"ray"}, {"errors", "redaction"}),
@@ -143,6 +144,17 @@ def test_experiments_are_values() -> None:
     for file in (PACKAGE.parent / "experiments").glob("*.py"):
         modules = {name.rpartition(".")[0] for name in imports_of(file)}
         assert modules <= {"mis_platform.config", "mis_platform.experiment"}, file.name
+
+
+def test_what_is_public_says_what_it_is() -> None:
+    silent = [
+        f"{file.relative_to(PACKAGE)}: {node.name}"
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.parse(file.read_bytes()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if ast.get_docstring(node) is None
+    ]
+    assert silent == []
 
 
 def test_only_tracking_knows_mlflow() -> None:

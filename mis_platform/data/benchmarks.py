@@ -57,6 +57,8 @@ class MaskSizeMismatch(DataError):
 
 
 class MaskFile(NamedTuple):
+    """Where the mask of one object is, or of several in one file."""
+
     object_id: str
     file: str  # relative to the root of the data set
 
@@ -70,6 +72,8 @@ class Sample(NamedTuple):
 
 
 class Problem(NamedTuple):
+    """One thing that is wrong with the files of a data set."""
+
     kind: Kind
     file: str
     message: str

@@ -46,6 +46,7 @@ class Excluded(NamedTuple):
 
 
 def log_excluded(excluded: Excluded) -> None:
+    """Warn of an object that is not scored."""
     logger.warning("%s: photo %s, object %s is not scored: %s", *excluded)
 
 

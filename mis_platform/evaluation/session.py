@@ -141,8 +141,8 @@ def _window(session: Session) -> Window:
 
 @contextlib.contextmanager
 def _arithmetic(precision: str, device: str) -> Iterator[None]:
-    """That of matrix products and convolutions within; `precision` as EvalConfig has it."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    """That of matrix products and convolutions within; `precision` as EvalConfig has it. device: "cpu" or "cuda"."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device == "cuda" else ()
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:

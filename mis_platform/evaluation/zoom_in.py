@@ -40,6 +40,7 @@ class Window(NamedTuple):
 
 
 def full_frame(height: int, width: int) -> Window:
+    """The window that is the whole image, of `height` x `width` pixels."""
     return Window(0, height - 1, 0, width - 1)
 
 

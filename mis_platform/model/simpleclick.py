@@ -314,10 +314,17 @@ class _Norm(nn.GroupNorm):
         if not x_BChw.is_cuda:
             return super().forward(x_BChw)
         with torch.autocast("cuda", enabled=False):
-            x = x_BChw if x_BChw.dtype == torch.float64 else x_BChw.float()
-            variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
-            scale = self.weight[:, None, None] * torch.rsqrt(variance + self.eps)
-            return torch.addcmul(self.bias[:, None, None] - mean * scale, x, scale).to(x_BChw.dtype)
+            return group_norm(x_BChw, self.weight, self.bias, self.eps)
+
+
+def group_norm(x_BChw: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Tensor:
+    """`F.group_norm` with one group, as a handful of steps that each use a whole device. At least in float32, then in
+    the type of `x`.
+    """
+    x = x_BChw if x_BChw.dtype == torch.float64 else x_BChw.float()
+    variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
+    scale = weight_C[:, None, None] * torch.rsqrt(variance + eps)
+    return torch.addcmul(bias_C[:, None, None] - mean * scale, x, scale).to(x_BChw.dtype)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

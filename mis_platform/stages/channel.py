@@ -57,8 +57,8 @@ class News(NamedTuple):
 class Channel:
     """An actor beside the driver, which both sides call."""
 
-    def __init__(self, images_at_once: int) -> None:
-        """images_at_once: of a forward pass, to begin with."""
+    def __init__(self, images_at_once: int, halvings: int = 1) -> None:
+        """images_at_once: of a forward pass, to begin with; halvings: how often a GPU may be too small for them."""
         self._rows: list[dict[str, float]] = []
         self._notes: list[str] = []
         self._starts: list[int] = []
@@ -66,6 +66,7 @@ class Channel:
         self._is_stopping = False
         self._failure: Exception | None = None
         self._images_at_once = self._first_images_at_once = images_at_once
+        self._halvings = halvings
 
     def begin(self, step: int) -> None:
         """The workers start, or start again, with `step`."""
@@ -75,16 +76,18 @@ class Channel:
         return self._images_at_once
 
     def out_of_memory(self, images_at_once: int) -> None:
-        """A worker's GPU is too small for that many: the workers start again with half of them, once."""
+        """A worker's GPU is too small for that many: the workers start again with half of them, `halvings` times."""
         if images_at_once > self._images_at_once:
             return  # another worker has said so
-        if images_at_once == 1 or images_at_once < self._first_images_at_once:
-            advice = "lower it" if images_at_once > 1 else "take a smaller model.variant or model.image_size"
+        if images_at_once == 1 or self._halvings == 0:
+            smaller = "take a smaller model.variant or model.image_size"
+            advice = f"set it below {images_at_once}" if images_at_once > 1 else smaller
             given = f"resources.batch_per_device={self._first_images_at_once}"
             self.fail(
                 ValueError(f"a GPU has too little memory for {images_at_once} image(s) at once, {given}; {advice}")
             )
             return
+        self._halvings -= 1
         self._images_at_once = images_at_once // 2
         self._notes.append(
             f"a GPU has too little memory for {images_at_once} images at once; going on with {self._images_at_once}, "

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mis_platform.access import check_ray_address
+from mis_platform.config import Resources
 from mis_platform.storage import TEMPORARY, Storage
 
 NODE_SECONDS = 60.0  # for every node to look for a file: its first process has to start
@@ -259,6 +260,14 @@ def gpus() -> int:
     if not ray.is_initialized():
         return torch.cuda.device_count()
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def usable_gpus(resources: Resources) -> int:
+    """GPUs of the cluster that a stage may use: none with use_gpu=false. ValueError where it is true without any."""
+    found = gpus() if resources.use_gpu is not False else 0
+    if resources.use_gpu and not found:
+        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
+    return found
 
 
 def quiet_data() -> None:

@@ -85,7 +85,7 @@ def evaluate_model(
     ValueError for a model that cannot be loaded.
     """
     with cluster.cluster(out):
-        gpus = _gpus(resources)
+        gpus = cluster.usable_gpus(resources)
         batch = resources.eval_batch if gpus else 1
         job = Clicking(_absolute(dataset), model_dir, config, zoom_size, batch, "cuda" if gpus else "cpu")
         share = math.ceil(len(dataset) / _workers(resources, gpus))  # a small benchmark is for all workers, too
@@ -155,13 +155,6 @@ def _settings(config: EvalConfig) -> Row:
 
 def _absolute(dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, root=dataset.root.resolve())  # workers have their own working directories
-
-
-def _gpus(resources: Resources) -> int:
-    gpus = cluster.gpus() if resources.use_gpu is not False else 0
-    if resources.use_gpu and not gpus:
-        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
-    return gpus
 
 
 # -- what a worker does ----------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ Notable choices:
 * **What grows with the photos are names.** They go to Ray Data in waves, chunks become larger the more photos there
   are, and large trees are written before a chunk is finished: no process's memory grows with the data set but for the
   driver's list of its files.
-* **Without a GPU each worker does all steps of its chunk**: what is cheap to compute is not worth sending. With GPUs,
-  their workers only describe, several on each GPU, so that it computes for one while others move pixels and features;
-  CPU tasks decode and resize before and merge after them.
+* **Without a GPU, or a network for it, each worker does all steps of its chunk**: what is cheap to compute is not
+  worth sending. With GPUs, their workers only describe, several on each GPU, so that it computes for one while others
+  move pixels and features; CPU tasks decode and resize before and merge after them.
 """
 
 import functools
@@ -49,7 +49,7 @@ from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
 from mis_platform.errors import DataError
-from mis_platform.model.features import Extractor, build_extractor, patch_size, prepare
+from mis_platform.model.features import WITHOUT_WEIGHTS, Extractor, build_extractor, patch_size, prepare
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
 from mis_platform.stages.products import TREES_PRODUCT, Product
@@ -391,6 +391,7 @@ def list_refused(dataset: Dataset) -> list[Refused]:
 
 
 def write_quarantine(refused: Iterable[Refused], out: Storage) -> None:
+    """One file, by image id, also where nothing was refused."""
     rows = [each._asdict() for each in sorted(refused)]
     out.write_bytes(QUARANTINE_FILE, _to_parquet(pa.Table.from_pylist(rows, schema=QUARANTINE)))
 
@@ -490,7 +491,8 @@ def compute_all(
     touches it takes no other with it.
     """
     tally, waiting = Tally(progress), iter(photos)
-    wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * _workers(resources, _gpus(resources)))
+    workers = _workers(resources, _gpus(features, resources))
+    wave_images = resources.chunk_images * max(MAX_TASKS, CHUNKS_PER_WORKER * workers)
     died = "its worker process failed or died whenever it came to this photo"
 
     def try_all(left: list[Photo], chunk_images: int) -> list[Photo]:
@@ -549,7 +551,7 @@ def compute(
     """
     cluster.quiet_data()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
-    gpus = _gpus(resources)
+    gpus = _gpus(features, resources)
     chunks = chunk_dataset(photos, resources.chunk_images)
     chunks.context.max_errored_blocks = LOST_CHUNKS
     chunks.context.execution_no_progress_timeout_s = STALL_SECONDS
@@ -567,11 +569,10 @@ def compute(
     yield from read_records(records)
 
 
-def _gpus(resources: Resources) -> int:
-    gpus = cluster.gpus() if resources.use_gpu is not False else 0
-    if resources.use_gpu and not gpus:
-        raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
-    return gpus
+def _gpus(features: FeaturesConfig, resources: Resources) -> int:
+    """GPUs that photos are described on; an extractor without a network has no use for them, only for all CPUs."""
+    usable = cluster.usable_gpus(resources)
+    return 0 if features.extractor == WITHOUT_WEIGHTS else usable
 
 
 def _workers(resources: Resources, gpus: int) -> int:
@@ -580,6 +581,7 @@ def _workers(resources: Resources, gpus: int) -> int:
 
 
 def read_records(records: ray.data.Dataset) -> Iterator[Row]:
+    """Of chunks, as they are finished."""
     for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, cast(pa.Table, batch)["record"].to_pylist())
 
@@ -594,6 +596,7 @@ def chunk_dataset(photos: Sequence[Photo], chunk_images: int) -> ray.data.Datase
 
 
 def photos_of(chunk: pa.Table) -> list[Photo]:
+    """The photos of a row or several of `chunk_dataset`."""
     return [photo for row in chunk.to_pylist() for photo in zip(row["image_ids"], row["paths"])]
 
 
@@ -719,6 +722,7 @@ def in_steps(
 def decode_chunk(
     chunk: pa.Table, features: FeaturesConfig, data: DataConfig, untrusted: bool = False
 ) -> Iterator[pa.Table]:
+    """A row of TRAVELLING for each photo: pixels of the network's size, or why it was refused."""
     for photo in photos_of(chunk):
         decoded = Decoded(photo, attempt(photo, "decode", functools.partial(decode, photo, data, untrusted)))
         pixels = decoded.pixels
@@ -739,6 +743,7 @@ class FeatureWorker:
 
 
 def arrived(travelling: pa.Table) -> Decoded:
+    """The photo of one row of TRAVELLING, as the network takes it."""
     photo, size, pixels = unpack(travelling, np.uint8)
     return Decoded(photo, pixels, size)
 
@@ -758,6 +763,8 @@ def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrus
 
 
 def write_chunk(travelling: pa.Table, out: Storage, product: Product) -> pa.Table:
+    """Rows of TRAVELLING with what was made of them -> the record of their parts."""
+
     def results() -> Iterator[Row | Refused]:
         for k in range(len(travelling)):
             _, _, made = unpack(travelling.slice(k, 1), np.uint8)
@@ -780,6 +787,7 @@ def _warm_up(product: Product) -> None:
 
 
 def pack(photo: Photo, size: tuple[int, ...], content: np.ndarray | Refused) -> pa.Table:
+    """One row of TRAVELLING. size: (height, width) of the photo in pixels."""
     row: Row = {"image_id": photo[0], "path": photo[1], "height": size[0], "width": size[1]}
     if isinstance(content, Refused):
         return pa.Table.from_pylist([row | {"refused": list(content)}], schema=TRAVELLING)

@@ -70,6 +70,7 @@ from mis_platform.storage import Storage, StorageError
 VERSION = 2  # 2: colours have random numbers of their own
 
 IMAGES_ON_GPU, IMAGES_ON_CPU = 32, 8  # of a forward pass; a CPU's caches hold few
+HALVINGS = 2  # of the 32, on a GPU that is too small: as many as resources.max_failures allows by default
 EXAMPLES_PER_TASK = 8
 PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which may wait finished for a worker
 STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap
@@ -205,7 +206,8 @@ def _train_on_cluster(
     cluster.quiet_data()
     scaling, loaders, threads = plan(resources)
     job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
-    channel = cluster.beside(Channel, images_at_once(resources))
+    halvings = HALVINGS if resources.batch_per_device is None else 1
+    channel = cluster.beside(Channel, images_at_once(resources, stream.run.train.batch_size), halvings)
     with cluster.scratch("mis-ray-train-") as storage_path, cluster.addressed():
         trainer = ray.train.torch.TorchTrainer(
             lambda: _work(job, channel),
@@ -248,12 +250,17 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
     return scaling, max(1, loaders // workers), max(1, cpus // workers)
 
 
-def images_at_once(resources: Resources) -> int:
-    """Images of a forward pass, to begin with: a GPU that is too small for them gets half as many, and so on."""
-    return resources.batch_per_device or (IMAGES_ON_GPU if uses_gpu(resources) else IMAGES_ON_CPU)
+def images_at_once(resources: Resources, batch_size: int) -> int:
+    """Images of a forward pass, to begin with: a GPU that is too small for them gets half as many, see `Channel`.
+
+    Never more than a worker's share of the batch: halving what it does not have would give it no room.
+    """
+    wanted = resources.batch_per_device or (IMAGES_ON_GPU if uses_gpu(resources) else IMAGES_ON_CPU)
+    return min(wanted, share_of_batch(batch_size, resources.num_workers))
 
 
 def uses_gpu(resources: Resources) -> bool:
+    """Whether a training runs on GPUs; `plan` refuses one that asks for more than there are."""
     return cluster.gpus() > 0 if resources.use_gpu is None else resources.use_gpu
 
 

@@ -14,7 +14,6 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from mis_platform.model.replay import Replay
 from mis_platform.model.simpleclick import DROPOUT, VARIANTS, SimpleClick, resize_position_embedding
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_mae, load_model, save_model
 from mis_platform.storage import Storage
+from mis_platform.threads import one_ahead
 
 CHECKPOINTS = "steps"  # directory below the artifact's
 CHECKPOINTS_KEPT = 2
@@ -197,12 +197,10 @@ class Learner:
             stream.synchronize()
             return prepared
 
-        with ThreadPoolExecutor(1, "prepare") as pool:
-            following = pool.submit(prepare_next)
-            while (prepared := following.result()) is not None:
+        with contextlib.closing(one_ahead(prepare_next)) as made:
+            for prepared in made:
                 for tensor in prepared[:4]:
                     tensor.record_stream(torch.cuda.current_stream(self.device))
-                following = pool.submit(prepare_next)
                 yield prepared
 
     def step(self, step: int, batch: Prepared) -> dict[str, float]:
@@ -400,5 +398,6 @@ def load_optimizer(out: Storage, step: int, optimizer: torch.optim.Adam) -> None
 
 
 def load_history(out: Storage, step: int) -> History:
+    """What was logged up to the checkpoint of `step`."""
     text = out.child(CHECKPOINTS, f"{step:08d}").read_bytes(HISTORY_FILE).decode()
     return [json.loads(line) for line in text.splitlines()]

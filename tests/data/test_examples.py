@@ -108,7 +108,7 @@ def test_a_photo_is_new_at_every_visit_and_with_every_seed(material: tuple[Datas
 
 
 def test_generators_of_other_seeds_purposes_and_numbers_are_unrelated() -> None:
-    keys = [(seed, purpose, number) for seed in (0, 1) for purpose in range(4) for number in (0, 1, 2**40)]
+    keys = [(seed, purpose, number) for seed in (0, 1) for purpose in range(5) for number in (0, 1, 2**40)]
     draws = np.stack([generator(*key).random(1000) for key in keys])
     correlations = np.corrcoef(draws) - np.eye(len(keys))
     assert np.abs(correlations).max() < 5 / math.sqrt(1000)

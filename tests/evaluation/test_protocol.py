@@ -244,5 +244,7 @@ def test_the_fingerprint_names_what_decides_the_protocol():
         protocol_fingerprint(EvalConfig(max_clicks=10), 448),
         protocol_fingerprint(EvalConfig(fixed_clicks=True), 448),
         protocol_fingerprint(EvalConfig(zoom_skip_clicks=1), 448),
+        protocol_fingerprint(EvalConfig(precision="tf32"), 448),
+        protocol_fingerprint(EvalConfig(precision="bf16"), 448),
     ]
-    assert len({default, *others}) == 7
+    assert len({default, *others}) == 9

@@ -8,7 +8,7 @@ from synthetic_samples import synthetic_samples
 
 from mis_platform.config import EvalConfig
 from mis_platform.evaluation.protocol import evaluate
-from mis_platform.evaluation.session import Session, advance, probability, upload
+from mis_platform.evaluation.session import Session, _arithmetic, advance, probability, upload
 from mis_platform.model.simpleclick import SimpleClick
 from mis_platform.simulation.clicks import Click
 
@@ -123,3 +123,52 @@ def test_the_real_network_in_the_protocol(network):
     np.testing.assert_allclose([row["iou"] for row in alone], [row["iou"] for row in together], atol=5e-3)
     clicks = [[(row["y"], row["x"], row["positive"]) for row in rows] for rows in (alone, together)]
     assert np.mean([one == other for one, other in zip(*clicks)]) >= 0.9
+
+
+# -- precision -------------------------------------------------------------------------------------------------------
+
+
+def answers(network, precision):
+    """To three clicks on each of the photos: float32 [photo, h, w]."""
+    sessions = [Session(image) for image in photos()]
+    for clicks in scripts([session.image for session in sessions], rounds=3):
+        sessions = advance(network, sessions, clicks, EvalConfig(precision=precision), SIZE)
+    return torch.stack([session.answer for session in sessions])
+
+
+def test_half_precision_is_close_and_tf32_is_nothing_to_a_cpu(network):
+    full, half = answers(network, "fp32"), answers(network, "bf16")
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, atol=0.01, rtol=0)
+    assert torch.equal(answers(network, "tf32"), full)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_the_switches_of_a_gpu_are_put_back(precision, allowed):
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+
+    def fail():
+        with _arithmetic(precision, "cuda"):
+            assert [switch.allow_tf32 for switch in switches] == [allowed, allowed]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [switch.allow_tf32 for switch in switches] == before
+    with _arithmetic(precision, "cpu"):
+        assert [switch.allow_tf32 for switch in switches] == before
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_network_that_refines_needs_full_precision(precision):
+    class Refining:
+        def refine(self, inputs, clicks, config, memory):
+            return torch.zeros(inputs.shape[1:]), None
+
+    session, click = Session(photos()[0]), Click(20, 30, True)
+    with pytest.raises(ValueError, match=f"eval.precision={precision} is not for f-BRS, which needs fp32"):
+        advance(Refining(), [session], [click], EvalConfig(precision=precision), SIZE)
+    assert not advance(Refining(), [session], [click], EvalConfig(), SIZE)[0].answer.any()

@@ -313,7 +313,7 @@ def test_a_gpu_that_is_too_small_gets_half_the_images(
     never = asked.model_copy(update={"batch_per_device": 4 * MOST_IMAGES})
     wide = tiny_run(batch_size=4 * MOST_IMAGES, epochs=100, max_steps=3)
     hopeless = Arming(str(tmp_path / "hopeless"), action=shrink_memory)
-    with pytest.raises(ValueError, match=r"4 image\(s\) at once, resources.batch_per_device=8; lower it"):
+    with pytest.raises(ValueError, match=r"4 image\(s\) at once, resources.batch_per_device=8; set it below 4"):
         train(dataset, wide, trees, never, hopeless, lambda step, metrics: None)
 
 

@@ -16,6 +16,7 @@ from mis_platform.model.simpleclick import (
     VARIANTS,
     SimpleClick,
     click_maps,
+    group_norm,
     resize_position_embedding,
 )
 
@@ -234,6 +235,29 @@ def test_half_precision_still_gives_float32_logits() -> None:
     assert half.dtype == torch.float32
     assert (half - full).abs().max() < 0.1 * full.abs().max()
     assert len(half.unique()) > 10_000  # bfloat16 upsampling would leave a few hundred levels
+
+
+ROUNDING = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ROUNDING)
+def test_the_norm_for_gpus_and_its_gradients_are_those_of_pytorch(dtype: torch.dtype, tolerance: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, pull = (2 * torch.randn(3, 8, 6, 5, generator=rng, dtype=torch.float64) + 3 for _ in range(2))
+    weight, bias = (torch.randn(8, generator=rng, dtype=torch.float64) for _ in range(2))
+    x, pull = x.to(dtype), pull.to(dtype)
+    of_weights = torch.float32 if dtype == torch.bfloat16 else dtype
+    found, expected = (
+        [each.to(kind, copy=True).requires_grad_() for each, kind in zip((x, weight, bias), kinds)]
+        for kinds in ((dtype, of_weights, of_weights), [torch.float64] * 3)
+    )
+    ours, theirs = group_norm(*found, eps=1e-5), F.group_norm(expected[0], 1, *expected[1:], eps=1e-5)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+    ours.backward(pull)
+    theirs.backward(pull.double())
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize("size", [(200, 224), (448, 300), (0, 224)])

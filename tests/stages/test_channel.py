@@ -4,7 +4,9 @@ import os
 
 import pytest
 
+from mis_platform.config import Resources
 from mis_platform.stages.channel import COMPUTING, LOADING, SAVING, Channel, Heard, Sign, Watch, described, kill_worker
+from mis_platform.stages.train import HALVINGS, IMAGES_ON_GPU
 
 
 def heard(rank: int, step: int, doing: str, silence: float = 0.5, unchanged: float = 0.5) -> Heard:
@@ -88,12 +90,25 @@ def test_too_little_memory_halves_the_images_once() -> None:
     (note,) = channel.take().notes
     assert "8 images at once; going on with 4" in note
     channel.out_of_memory(4)
-    with pytest.raises(ValueError, match=r"4 image\(s\) at once, resources.batch_per_device=8; lower it"):
+    with pytest.raises(ValueError, match=r"4 image\(s\) at once, resources.batch_per_device=8; set it below 4"):
         raise channel.failure() or AssertionError
     single = Channel(1)
     single.out_of_memory(1)
     with pytest.raises(ValueError, match=r"smaller model\.variant or model\.image_size"):
         raise single.failure() or AssertionError
+
+
+def test_the_images_that_nobody_asked_for_are_halved_more_than_once() -> None:
+    """Of the 32 by default, a GPU that holds 8 gets 8, within the restarts that a training has."""
+    assert Resources().max_failures >= HALVINGS
+    channel = Channel(IMAGES_ON_GPU, HALVINGS)
+    for images in (32, 16):
+        channel.out_of_memory(images)
+        assert channel.images_at_once() == images // 2
+        assert channel.failure() is None
+    channel.out_of_memory(8)
+    with pytest.raises(ValueError, match=r"8 image\(s\) at once, resources.batch_per_device=32; set it below 8"):
+        raise channel.failure() or AssertionError
 
 
 def test_only_training_workers_are_killed() -> None:

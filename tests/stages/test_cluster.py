@@ -1,5 +1,6 @@
 """Starting, joining and tidying Ray; a local root on a cluster of several nodes only where every node sees it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,11 +10,17 @@ from pathlib import Path
 
 import pytest
 import ray
+from devices import wants_gpus
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.state import list_placement_groups
 
-from mis_platform.stages import cluster
+from mis_platform.config import EvalConfig, FeaturesConfig, Resources
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.data.masks import read_binary
+from mis_platform.errors import DataError
+from mis_platform.stages import cluster, evaluate, precompute, train
+from mis_platform.storage import Storage
 
 # The second node is a process tree of its own. "hidden" puts an empty disk over the root, for that node alone.
 STORY = """
@@ -138,3 +145,54 @@ def test_what_a_dead_actor_reserved_is_given_back_and_nothing_else(ray_cluster: 
         remove_placement_group(own)
         time.sleep(0.5)
         cluster.remove_orphans()
+
+
+# -- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "gpus", lambda: 2)
+    monkeypatch.setattr(cluster, "cpus", lambda: 16)
+
+
+@pytest.mark.parametrize(("use_gpu", "gpus"), [(None, 2), (True, 2), (False, 0)])
+def test_every_stage_uses_the_gpus_that_it_may(
+    use_gpu: bool | None, gpus: int, two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = Resources(use_gpu=use_gpu)
+    assert cluster.usable_gpus(resources) == precompute._gpus(FeaturesConfig(), resources) == gpus
+    assert precompute._workers(resources, gpus) == (8 if gpus else 16)
+    assert precompute._gpus(FeaturesConfig(extractor="color_texture"), resources) == 0
+    scaling, _, _ = train.plan(resources)
+    assert scaling.use_gpu is bool(gpus)
+    assert train.images_at_once(resources, batch_size=64) == (32 if gpus else 8)
+    two = resources.model_copy(update={"num_workers": 2})
+    assert train.images_at_once(two, batch_size=10) == 5  # what a worker has
+    few = two.model_copy(update={"batch_per_device": 3})
+    assert train.images_at_once(few, batch_size=10) == 3
+    assert train.trials_at_once(resources) == (2 if gpus else 1)
+
+    jobs = []
+    monkeypatch.setattr(cluster, "cluster", contextlib.nullcontext)
+    monkeypatch.setattr(evaluate, "_score", lambda job, size, resources, gpus, out: jobs.append((job, gpus)) or [])
+    empty, out = Dataset("folder", "val", tmp_path, (), read_binary, is_labelled=True), Storage(str(tmp_path))
+    with pytest.raises(DataError, match="no object to score"):
+        evaluate.evaluate_model(empty, out, EvalConfig(), 448, resources, out)
+    ((job, given),) = jobs
+    assert (job.device, job.batch, given) == (("cuda", 8, 2) if gpus else ("cpu", 1, 0))
+
+
+def test_a_gpu_that_is_wanted_and_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "gpus", lambda: 0)
+    with pytest.raises(ValueError, match="use_gpu=true, but the cluster has no GPU"):
+        precompute._gpus(FeaturesConfig(extractor="color_texture"), Resources(use_gpu=True))
+    assert cluster.usable_gpus(Resources()) == 0
+
+
+def test_only_tests_of_gpus_see_them() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    for marks in ("gpu", "slow or gpu", "gpu and not slow"):
+        assert wants_gpus(marks)
+    for marks in ("", "not gpu and not slow", "slow", "slow and not gpu"):
+        assert not wants_gpus(marks)
