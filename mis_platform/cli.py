@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands, after the settings are read: `
 """
 
 import enum
+import json
 import os
 import signal
 import sys
@@ -793,7 +794,7 @@ def _spell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
+        return json.dumps(value, separators=(",", ":"))  # as --set takes it
     return "none" if value is None else str(value)
 
 

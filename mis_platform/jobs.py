@@ -242,7 +242,10 @@ def _log_score(tracker: tracking.Tracker, score: report.Score, clicks: Storage) 
 
 
 def replay_of(model: Storage, benchmark: Dataset, run: Run) -> Replay:
-    """What a saved model answers to clicks, at the size and under the protocol that `run` scores it with."""
+    """What a saved model answers to clicks, at the size and under the protocol that `run` scores it with.
+
+    On the CPU, so the masks can differ by a few pixels from those that were scored on a GPU.
+    """
     size = pipeline.zoom_size_of(benchmark, run)
     return functools.partial(report.replay, Predictor.from_pretrained(model.uri, zoom_size=size, config=run.eval))
 

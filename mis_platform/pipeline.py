@@ -120,8 +120,11 @@ def clicks_stage(dataset: Dataset, run: Run, resources: Resources, model: Stage 
 
     Raises ValueError for a click protocol that the model cannot follow.
     """
-    if isinstance(model, Stage) or family_of(describe(model)) == "simpleclick":
+    described = None if isinstance(model, Stage) else describe(model)
+    if described is None or family_of(described) == "simpleclick":
         check_simpleclick(run.eval)
+    elif described.get("refine") and run.eval.precision != "fp32":
+        raise ValueError(f"eval.precision={run.eval.precision} is not for f-BRS, which needs fp32")
     zoom_size = zoom_size_of(dataset, run)
     config: dict[str, Any] = {"dataset": dataset.digest(masks=True), "eval": plain(run.eval), "zoom_size": zoom_size}
     evaluate_on = functools.partial(evaluate.evaluate_model, dataset)

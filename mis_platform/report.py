@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mis_platform.artifacts import read_manifest, sha256
-from mis_platform.config import ROBOT_SETTINGS, differences, plain
+from mis_platform.config import ROBOT_SETTINGS, EvalConfig, differences, plain
 from mis_platform.evaluation.click_model import ClickModel
 from mis_platform.evaluation.noc import Summary, iou_table, keep_last, summarize, text_table
 from mis_platform.simulation.clicks import Click
@@ -207,7 +207,8 @@ def protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> li
     A family of models (the entry `family`; none is SimpleClick, as in MIS) is asked in its own way: threshold, zoom-in
     and flips are part of the model. Within a family they must agree, between two of them only the robot's rules.
     """
-    first, second = plain(dict(one)), plain(dict(other))
+    younger = {name: EvalConfig.model_fields[name].default for name in EvalConfig.younger}
+    first, second = younger | plain(dict(one)), younger | plain(dict(other))
     if first.pop("family", OWN_FAMILY) != second.pop("family", OWN_FAMILY):
         first, second = ({name: each.get(name) for name in ROBOT_SETTINGS} for each in (first, second))
     if first == second:

@@ -69,6 +69,15 @@ def test_a_protocol_that_the_model_cannot_follow_is_refused_before_its_training(
         pipeline.clicks_stage(labelled, run, Resources(), pretrained())
 
 
+def test_a_precision_that_f_brs_cannot_work_in_is_refused_before_ray_starts(labelled: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"family": "ritm", "refine": "fbrs", "variant": "hrnet18s", "image_size": 400}'
+    )
+    run = override(tiny_run(), ["eval.precision=bf16"])
+    with pytest.raises(ValueError, match=r"eval\.precision=bf16 is not for f-BRS"):
+        pipeline.clicks_stage(labelled, run, Resources(), Storage(str(tmp_path)))
+
+
 @pytest.mark.parametrize("source", ["tree", "tokencut"])
 def test_settings_that_features_ignore_do_not_decide(labelled: Dataset, source: str, tmp_path: Path) -> None:
     """A row of such a setting alone shares trees and training; at the defaults the address is what it was."""

@@ -261,3 +261,9 @@ def test_overlaps_as_a_table() -> None:
     }
     *_, row = report.overlap_table([("tree", "grabcut", about)]).splitlines()
     assert row.split() == ["tree", "grabcut", "50", "0.765", "0.800", "94.0%", "70.0%", "36.0%", "31.5", "12.3%", "1"]
+
+
+def test_a_protocol_that_is_older_than_a_setting_had_its_default():
+    old = {"threshold": 0.5, "fingerprint": "a"}
+    assert report.protocol_differences(old, {**old, "precision": "fp32"}) == []
+    assert report.protocol_differences(old, {**old, "precision": "bf16"}) == ["precision: 'fp32' -> 'bf16'"]

@@ -202,7 +202,8 @@ class Clicking:
                 tell(places[row["image_id"]], len(rows))
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"the GPU has too little memory for resources.eval_batch={self.batch} objects at once; lower it"
+                f"the GPU has too little memory for resources.eval_batch={self.batch} objects at once in each of its "
+                f"processes; lower it, or resources.eval_workers (default: {WORKERS_PER_GPU} for each GPU)"
             ) from None
         return Scored(rows, _reasons(excluded))
 

@@ -462,7 +462,10 @@ def check_cause(new: Sequence[Refused], barren: Sequence[Refused]) -> None:
     """
     for each in new:
         if each.reason == OUT_OF_MEMORY:
-            raise DataError(f"not enough memory for {each.path} in {each.stage}; lower data.max_megapixels")
+            raise DataError(
+                f"not enough memory for {each.path} in {each.stage}; lower data.max_megapixels, features.batch_size or "
+                "resources.extractors (processes)"
+            )
     suspicious = [each for each in barren if each.reason in NOT_THE_PHOTO]
     if len(suspicious) >= FAILURES_IN_A_ROW:
         last = suspicious[-1]

@@ -422,6 +422,7 @@ def _train_steps(job: Job, channel: Any, pulse: Pulse, images_at_once: int) -> N
     rank, workers = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(min(job.threads, os.cpu_count() or 1))
     torch.backends.cudnn.benchmark = True  # all inputs have one size
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in convolutions too
     cluster.quiet_data()
     learner, start, history = _resume(job, images_at_once)
     if rank == 0:
