@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from devices import wants_gpus
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.state import list_placement_groups
@@ -188,11 +187,3 @@ def test_a_gpu_that_is_wanted_and_not_there_is_an_error(monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="use_gpu=true, but the cluster has no GPU"):
         precompute._gpus(FeaturesConfig(extractor="color_texture"), Resources(use_gpu=True))
     assert cluster.usable_gpus(Resources()) == 0
-
-
-def test_only_tests_of_gpus_see_them() -> None:
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    for marks in ("gpu", "slow or gpu", "gpu and not slow"):
-        assert wants_gpus(marks)
-    for marks in ("", "not gpu and not slow", "slow", "slow and not gpu"):
-        assert not wants_gpus(marks)
