@@ -190,26 +190,6 @@ def scratch(prefix: str) -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def addressed() -> Iterator[None]:
-    """Ray Train's processes that start meanwhile ask this cluster.
-
-    The one that cleans up after a dead controller asks the state API, which takes any Ray that it finds on the machine
-    unless RAY_ADDRESS names one. A head that knows nothing of the controller would have a living training given up.
-    """
-    from ray.train.v2._internal import constants  # a second to import, which only trainings need
-
-    before = os.environ.get("RAY_ADDRESS")
-    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        del os.environ["RAY_ADDRESS"]
-        if before is not None:
-            os.environ["RAY_ADDRESS"] = before
-
-
 def beside(kind: type[Any], *arguments: Any) -> Any:
     """An actor of `kind` on this process's node, whose calls come in order; it needs no CPU of its own."""
     here = _on(ray.get_runtime_context().get_node_id())

@@ -208,7 +208,7 @@ def _train_on_cluster(
     job = Job(stream, schedule, resources, out, loaders, threads, pretraining)
     halvings = HALVINGS if resources.batch_per_device is None else 1
     channel = cluster.beside(Channel, images_at_once(resources, stream.run.train.batch_size), halvings)
-    with cluster.scratch("mis-ray-train-") as storage_path, cluster.addressed():
+    with cluster.scratch("mis-ray-train-") as storage_path:
         trainer = ray.train.torch.TorchTrainer(
             lambda: _work(job, channel),
             scaling_config=scaling,

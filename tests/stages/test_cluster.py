@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.state import list_placement_groups
 
@@ -113,14 +112,6 @@ class Reserves:
     def ready(self) -> str:
         ray.get(self.group.ready())
         return self.group.id.hex()
-
-
-@pytest.mark.ray
-def test_processes_of_ray_train_are_told_which_cluster_is_theirs(ray_cluster: None) -> None:
-    before = os.environ.get("RAY_ADDRESS")
-    with cluster.addressed():
-        assert get_env_vars_to_propagate()["RAY_ADDRESS"] == ray.get_runtime_context().gcs_address
-    assert os.environ.get("RAY_ADDRESS") == before
 
 
 @pytest.mark.ray
