@@ -389,7 +389,7 @@ def test_two_workers_then_one_then_two_are_one_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_head_that_somebody_started_takes_nothing_from_a_local_training(tmp_path: Path) -> None:
-    """The process that tidies up after dead controllers asks for its own; the head, which Ray finds first, knows of none."""
+    """What tidies up after dead controllers asks for its own; the head, which Ray finds first, knows of none."""
     with tempfile.TemporaryDirectory(prefix="mis-ray-", dir="/tmp") as folder:  # sockets need a short path
         environment = {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
         head = start(
