@@ -132,8 +132,13 @@ def test_roots_that_cannot_be_written_are_told_before_ray_starts(
     synthetic.write_photos(tmp_path / "photos", 2)
     (tmp_path / "file").write_text("")
     disk.remount("ro")
-    reasons = {disk.path / "root": "Read-only file system", tmp_path / "file": "", tmp_path / "file" / "below": ""}
-    for root, reason in reasons.items():
+    file, locked = tmp_path / "file", disk.path / "root"
+    told = {
+        locked: f"cannot write to {locked}: Read-only",
+        file: f"{file} is a file",
+        file / "below": f"{file} is a file",
+    }
+    for root, reason in told.items():
         words = ["precompute", "--dataset", f"folder:{tmp_path / 'photos'}", "--root", str(root)]
         monkeypatch.setattr(sys, "argv", ["mis", *words, "--set", "features.extractor=color_texture"])
         began = time.monotonic()
@@ -142,7 +147,7 @@ def test_roots_that_cannot_be_written_are_told_before_ray_starts(
         assert stop.value.code == 2
         assert time.monotonic() - began < 3
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"Error: cannot write to {root}: {reason}")
+        assert line.startswith(f"Error: {reason}")
         assert line.endswith("choose another --root")
 
 

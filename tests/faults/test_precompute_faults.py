@@ -157,8 +157,9 @@ def resume_after(
 ) -> None:
     for sent, parts, delay in stops:
         interrupt(dataset, out, parts, delay, sent, patience)
+        there = set(files_of(out))  # without patience, a worker that still lives may write another one after this
         finished = {each.part.name for each in precompute.finished_parts(Storage(str(out)), dataset.image_ids)}
-        assert finished == set(files_of(out)), "a part was torn"
+        assert there <= finished, "a part was torn"
     kept = files_of(out)
     assert 0 < len(kept) < len(dataset)
     began = len(computed(out))
