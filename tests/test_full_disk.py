@@ -132,11 +132,11 @@ def test_roots_that_cannot_be_written_are_told_before_ray_starts(
     synthetic.write_photos(tmp_path / "photos", 2)
     (tmp_path / "file").write_text("")
     disk.remount("ro")
-    file, locked = tmp_path / "file", disk.path / "root"
+    file, below, locked = tmp_path / "file", tmp_path / "file" / "below", disk.path / "root"
     told = {
-        locked: f"cannot write to {locked}: Read-only",
+        locked: f"cannot write to {locked}: Read-only file system",
         file: f"{file} is a file",
-        file / "below": f"{file} is a file",
+        below: f"cannot write to {below}: ",
     }
     for root, reason in told.items():
         words = ["precompute", "--dataset", f"folder:{tmp_path / 'photos'}", "--root", str(root)]
