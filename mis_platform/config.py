@@ -287,6 +287,12 @@ def check_simpleclick(protocol: EvalConfig) -> None:
         )
 
 
+def check_fbrs(protocol: EvalConfig) -> None:
+    """ValueError for an arithmetic in which f-BRS, an optimisation at every click, cannot work."""
+    if protocol.precision != "fp32":
+        raise ValueError(f"eval.precision={protocol.precision} is not for f-BRS, which needs fp32")
+
+
 ROBOT_SETTINGS = ("target_iou", "max_clicks", "min_clicks", "fixed_clicks")  # the other eval.* say how to ask a model
 
 

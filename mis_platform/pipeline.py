@@ -11,7 +11,7 @@ from typing import Any
 
 from mis_platform.artifacts import MANIFEST, REPAIR, Stage, read_manifest, sha256
 from mis_platform.baselines.sources import source_settings
-from mis_platform.config import Resources, Run, check_simpleclick, fingerprint, plain
+from mis_platform.config import Resources, Run, check_fbrs, check_simpleclick, fingerprint, plain
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
@@ -123,8 +123,8 @@ def clicks_stage(dataset: Dataset, run: Run, resources: Resources, model: Stage 
     described = None if isinstance(model, Stage) else describe(model)
     if described is None or family_of(described) == "simpleclick":
         check_simpleclick(run.eval)
-    elif described.get("refine") and run.eval.precision != "fp32":
-        raise ValueError(f"eval.precision={run.eval.precision} is not for f-BRS, which needs fp32")
+    elif described.get("refine"):
+        check_fbrs(run.eval)
     zoom_size = zoom_size_of(dataset, run)
     config: dict[str, Any] = {"dataset": dataset.digest(masks=True), "eval": plain(run.eval), "zoom_size": zoom_size}
     evaluate_on = functools.partial(evaluate.evaluate_model, dataset)

@@ -264,6 +264,7 @@ def test_a_damaged_lease_stops_nobody(tmp_path: Path, content: bytes) -> None:
     storage.write_bytes(LEASE_FILE, content)
     with hold(storage) as held:
         held.write_bytes("part", b"1")
+    assert storage.read_bytes("part") == b"1"
 
 
 def test_a_local_lock_outlives_no_process_even_if_its_children_live_on(tmp_path: Path) -> None:

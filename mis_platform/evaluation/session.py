@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mis_platform.config import EvalConfig
+from mis_platform.config import EvalConfig, check_fbrs
 from mis_platform.errors import DataError
 from mis_platform.evaluation import zoom_in
 from mis_platform.evaluation.zoom_in import Window
@@ -93,8 +93,8 @@ def advance(
     longest side. Raises DataError if the network answers NaN, ValueError for a Refiner with another config.precision
     than "fp32".
     """
-    if isinstance(network, Refiner) and config.precision != "fp32":
-        raise ValueError(f"eval.precision={config.precision} is not for f-BRS, which needs fp32")
+    if isinstance(network, Refiner):
+        check_fbrs(config)
     previous = [probability(session) for session in sessions]
     moved: list[Session] = []
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
