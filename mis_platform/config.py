@@ -341,7 +341,8 @@ class Resources(Settings):
     log_every: int = Field(10, ge=1)  # steps
     max_failures: int = Field(2, ge=0)  # restarts of a training before it counts as failed
     worker_silence: float = Field(100.0, gt=0)  # seconds without a sign of life: a training worker that hangs
-    trials: int | None = Field(None, ge=1)  # rows of a sweep at once; None: as many as the GPUs allow, one without
+    # Rows of a sweep at once; None: as many as there are GPUs for, one without any. More share GPUs (one worker each).
+    trials: int | None = Field(None, ge=1)
     trial_silence: float = Field(1800.0, gt=0)  # seconds without a training step or a click: a row that hangs
     untrusted: bool = False  # decode photos and masks in a child process with limits on memory and time
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -248,6 +249,11 @@ def usable_gpus(resources: Resources) -> int:
     if resources.use_gpu and not found:
         raise ValueError("resources.use_gpu=true, but the cluster has no GPU")
     return found
+
+
+def gpu_share(processes: int, gpus: int) -> float:
+    """What each of `processes` reserves so that all fit: a whole GPU, or one part of as many as one GPU has to take."""
+    return math.floor(1e4 / math.ceil(max(1, processes / gpus))) / 1e4  # Ray counts in ten thousandths
 
 
 def quiet_data() -> None:

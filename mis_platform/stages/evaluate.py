@@ -389,14 +389,17 @@ def _score(job: Job, chunk_images: int, resources: Resources, gpus: int, out: St
 
 
 def _workers(resources: Resources, gpus: int) -> int:
-    return resources.eval_workers or WORKERS_PER_GPU * gpus or cluster.cpus()
+    """Processes of one evaluation: within a sweep, its share of the GPUs."""
+    on_gpus = max(1, WORKERS_PER_GPU * gpus // (resources.trials or 1)) if gpus else 0
+    return resources.eval_workers or on_gpus or cluster.cpus()
 
 
 def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
     count = _workers(resources, gpus)
     options: Row = {"num_cpus": min(1.0, cluster.CPU_SHARE * cluster.cpus() / count)}
     if gpus:
-        options["num_gpus"] = min(1.0, gpus / count)
+        # In a sweep a share that fits into what this row's training held: the trainings of other rows go on.
+        options["num_gpus"] = cluster.gpu_share(count * (resources.trials or 1), gpus)
     options["scheduling_strategy"] = "DEFAULT"  # in a sweep: not within what is reserved for the trial's own process
     kind = ray.remote(Worker).options(max_concurrency=2, max_restarts=-1, max_task_retries=RETRIES, **options)
     return [kind.remote() for _ in range(min(count, chunks))]

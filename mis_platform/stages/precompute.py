@@ -564,7 +564,7 @@ def compute(
         size=workers, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1
     )
     if gpus:
-        share = min(1.0, gpus / workers)
+        share = cluster.gpu_share(workers, gpus)
         untrusted = resources.untrusted
         records = in_steps(chunks, features, data, out, resources.chunk_images, pool, "cuda", share, product, untrusted)
     else:

@@ -245,7 +245,8 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
             f"which is {cluster.CPU_SHARE * cpus:g}; at most {int(cluster.CPU_SHARE * cpus / MIN_WORKER_CPU)} workers"
         )
     loaders = resources.loaders or (max(1, cpus - workers) if use_gpu else cpus // 2)
-    per_worker = {"CPU": reserved, "GPU": 1} if use_gpu else {"CPU": reserved}
+    share = {"GPU": cluster.gpu_share((resources.trials or 1) * workers, gpus)} if use_gpu else {}
+    per_worker = {"CPU": reserved, **share}
     scaling = ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=per_worker)
     return scaling, max(1, loaders // workers), max(1, cpus // workers)
 
@@ -267,16 +268,18 @@ def uses_gpu(resources: Resources) -> bool:
 def trials_at_once(resources: Resources) -> int:
     """Trainings of a sweep that share the cluster: resources.trials, else one for each set of GPUs, one without any.
 
+    Trainings of one worker may share a GPU: small models leave most of it idle. Several workers of one training may
+    not, since they could meet on it, which NCCL refuses.
     Raises ValueError with the arithmetic when their drivers and workers cannot all be placed: they would wait for each
     other for ever.
     """
     workers, cpus, gpus = resources.num_workers, cluster.cpus(), cluster.gpus()
     use_gpu = uses_gpu(resources)
     trials = resources.trials or (max(1, gpus // workers) if use_gpu else 1)
-    if use_gpu and trials * workers > gpus:
+    if use_gpu and trials * workers > gpus and workers > 1:
         raise ValueError(
             f"resources.trials={trials} x resources.num_workers={workers} = {trials * workers} GPUs, the cluster has "
-            f"{gpus}; at most {gpus // workers} trials fit"
+            f"{gpus}; at most {gpus // workers} trials fit, or more with resources.num_workers=1, which share GPUs"
         )
     if trials > cpus:
         raise ValueError(f"resources.trials={trials} needs a CPU for each, the cluster has {cpus}")

@@ -1,6 +1,7 @@
 """Starting, joining and tidying Ray; a local root on a cluster of several nodes only where every node sees it."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -171,6 +172,26 @@ def test_every_stage_uses_the_gpus_that_it_may(
         evaluate.evaluate_model(empty, out, EvalConfig(), 448, resources, out)
     ((job, given),) = jobs
     assert (job.device, job.batch, given) == (("cuda", 8, 2) if gpus else ("cpu", 1, 0))
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [(1, 1), (1, 2), (3, 2), (7, 1), (8, 2), (9, 4), (96, 7)])
+def test_processes_that_share_gpus_all_fit(processes: int, gpus: int) -> None:
+    share = cluster.gpu_share(processes, gpus)
+    assert gpus * math.floor(1 / share + 1e-9) >= processes  # none is spread over two
+    assert 0 < share <= 1
+    assert (share == 1) is (processes <= gpus)
+
+
+def test_trainings_of_one_worker_share_a_gpu_where_more_are_asked_for(two_gpus: None) -> None:
+    crowded = Resources(trials=7)
+    assert train.trials_at_once(crowded) == 7
+    scaling, _, _ = train.plan(crowded)
+    assert scaling.resources_per_worker == {"CPU": 1.0, "GPU": 0.25}
+    assert evaluate._workers(crowded, 2) == 1  # as much as its training held: 1 / ceil(7 / 2)
+    scaling, _, _ = train.plan(Resources(trials=2))
+    assert scaling.resources_per_worker["GPU"] == 1
+    with pytest.raises(ValueError, match=r"trials=3 x resources.num_workers=2 = 6 GPUs, .* has 2; at most 1 trials"):
+        train.trials_at_once(Resources(trials=3, num_workers=2))
 
 
 def test_a_gpu_that_is_wanted_and_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
