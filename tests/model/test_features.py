@@ -244,6 +244,19 @@ def test_bfloat16_is_close_and_still_float32(files: dict[str, str]) -> None:
     assert np.corrcoef(full.ravel(), half.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("name", ["dino_vits8", "dinov2_vits14", "dinov3_vits16"])
+def test_factors_rounded_once_are_those_that_autocast_rounds(name: str, files: dict[str, str]) -> None:
+    config = FeaturesConfig(extractor=name, weights=files[name], precision="bf16")
+    patch = BACKBONES[name].patch
+    image = photo(5 * patch, 7 * patch)[None]
+    network = backbones.load_network(BACKBONES[name], Path(files[name]))
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (backbones.IMAGENET_MEAN, backbones.IMAGENET_STD))
+    pixels = (torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = backbones.patch_tokens(network, pixels, config.position_resize, config.layer).float()
+    np.testing.assert_array_equal(build_extractor(config).describe(image), expected.numpy())
+
+
 def test_features_do_not_depend_on_the_batch(files: dict[str, str]) -> None:
     extractor = build_extractor(FeaturesConfig(weights=files["dino_vits8"]))
     batch = np.stack([photo(48, 64, seed) for seed in range(3)])
