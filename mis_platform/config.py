@@ -329,7 +329,7 @@ class Resources(Settings):
 
     num_workers: int = Field(1, ge=1)  # training processes
     use_gpu: bool | None = None  # None: if the cluster has one
-    # Images per forward of training, which never changes the effective batch; None: 32 on a GPU (16 or 8, if its memory
+    # Images per forward of training, which never changes the effective batch; None: 16 on a GPU (8 or 4, if its memory
     # does not hold them), 8 on a CPU.
     batch_per_device: int | None = Field(None, ge=1)
     extractors: int | None = Field(None, ge=1)  # processes that describe photos; None: 4 for each GPU, else 1 a CPU

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,6 +19,23 @@ def in_threads(function: Callable[..., Result], *columns: Any) -> list[Result]:
     if len(columns[0]) == 1:
         return [function(*(column[0] for column in columns))]
     return list(_pool().map(function, *columns))
+
+
+def in_turns(tasks: Iterable[Generator[None, None, Result]]) -> Iterator[Result]:
+    """What each of `tasks` returns, as they end; in order, if all yield as often.
+
+    Each goes on to its next `yield`, where it has to wait for something, before the next one does: in this thread.
+    """
+    waiting = list(tasks)
+    while waiting:
+        still = []
+        for task in waiting:
+            try:
+                next(task)
+                still.append(task)
+            except StopIteration as end:
+                yield end.value
+        waiting = still
 
 
 def one_ahead(make: Callable[[], Result | None]) -> Generator[Result, None, None]:

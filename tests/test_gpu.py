@@ -1,5 +1,7 @@
 """What a CUDA device must compute as the CPU does; run with `pytest -m gpu`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -96,6 +98,43 @@ def test_a_step_of_training():
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_gradients_are_those_of_the_same_steps_one_by_one(precision):
+    """Two parts of different sizes, so that the second is recorded when the first has left its gradient."""
+    run = Run.model_validate(
+        {
+            "model": {"variant": "vit_xt", "image_size": 224, "init": "random"},
+            "train": {"batch_size": 5, "precision": precision},
+            "clicks": {"iterative_clicks": 1},
+        }
+    )
+    device = torch.device("cuda")
+    model = initial_model(run).to(device).train()
+    recorded = Learner(run, Schedule(100, run.train), model, model, optimizer_of(model, run.train), device, 3)
+    plain = dataclasses.replace(recorded, network=Around(model))
+    gradients, values = [], []
+    for learner in (recorded, plain):
+        for step in range(2):  # the second replays what the first recorded
+            learner._clear_gradients()
+            values.append(learner._backward(step, learner.prepare(squares(5, 224, step))))
+            gradients.append([parameter.grad.clone() for parameter in learner._used])
+    for first, second in ((0, 2), (1, 3)):
+        torch.testing.assert_close(values[first], values[second], rtol=1e-3, atol=1e-4)
+        for found, expected in zip(gradients[first], gradients[second], strict=True):
+            assert torch.dist(found, expected) <= (1e-3 if precision == "fp32" else 2e-2) * expected.norm() + 1e-7
+
+
+class Around(torch.nn.Module):
+    """A network that is another one: what keeps a Learner from recording."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        return self.model(*inputs)
+
+
 def squares(count, size, seed):
     rng = np.random.default_rng(seed)
     masks = np.zeros((count, size, size), np.uint8)
@@ -119,3 +158,19 @@ def test_a_replay_follows_weights_and_inputs():
         for shape in ((2, 3), (5, 3)):
             a, b = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")
             torch.testing.assert_close(replay(a, b), (a * weight + b).relu())
+
+
+def test_a_replay_adds_what_its_function_adds():
+    total = torch.full((3,), 5.0, device="cuda")
+
+    def add(values, *, scale):
+        total.add_(scale * values.sum(dim=0))
+        return values * scale
+
+    replay, expected = Replay(add, [total]), total.clone()
+    for scale in (1.0, 2.0, 1.0):
+        for count in (2, 4):
+            values = torch.randn(count, 3, device="cuda")
+            torch.testing.assert_close(replay(values, scale=scale), values * scale)
+            expected += scale * values.sum(dim=0)
+            torch.testing.assert_close(total, expected)

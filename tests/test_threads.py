@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 
-from mis_platform.threads import in_threads, one_ahead
+from mis_platform.threads import in_threads, in_turns, one_ahead
 
 
 def test_results_come_in_the_order_of_the_rows():
@@ -23,6 +23,34 @@ def test_an_error_is_raised():
 
     with pytest.raises(ValueError, match="three"):
         in_threads(refuse, range(5))
+
+
+def test_tasks_take_turns_and_end_in_order():
+    told = []
+
+    def task(name, pauses):
+        for turn in range(pauses):
+            told.append((name, turn))
+            yield
+        told.append((name, "end"))
+        return name
+
+    assert list(in_turns(task(name, 2) for name in "ab")) == ["a", "b"]
+    assert told == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", "end"), ("b", "end")]
+    assert list(in_turns([task("c", 0), task("d", 0)])) == ["c", "d"]
+
+
+def test_what_a_task_returned_is_used_before_the_next_one_goes_on():
+    used = []
+
+    def task(name):
+        yield
+        used.append(f"{name} ends")
+        return name
+
+    for name in in_turns(task(name) for name in "ab"):
+        used.append(f"{name} used")
+    assert used == ["a ends", "a used", "b ends", "b used"]
 
 
 def counting(last, made):

@@ -1,6 +1,7 @@
 """Iterative training clicks (RITM, with SimpleClick's settings): one more per image where the model errs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,18 +29,24 @@ def append_iterative_clicks(
     without error keeps its rows. probabilities in [0, 1]; targets above 0.5 are object, all else is not.
     rngs: one generator per image, so a click does not depend on which images share the batch.
     """
-    batch, slots, _ = points_B2M3.shape
-    limit = slots // 2
+    assert len(rngs) == len(points_B2M3), f"{len(points_B2M3)} images need as many generators, got {len(rngs)}"
+    return append_clicks(
+        points_B2M3, error_clicks(to_numpy(find_errors(probabilities_B1HW, targets_B1HW)), rngs), index
+    )
+
+
+def append_clicks(points_B2M3: Tensor, clicks: Sequence["ErrorClick | None"], index: int) -> Tensor:
+    """As `append_iterative_clicks`, for clicks that are known. Does not wait for a GPU."""
+    limit = points_B2M3.shape[1] // 2
     assert 1 <= index <= limit, f"index {index} is outside 1..{limit}"
-    assert len(rngs) == batch, f"{batch} images need as many generators, got {len(rngs)}"
-    clicks = in_threads(error_click, to_numpy(find_errors(probabilities_B1HW, targets_B1HW)), rngs)
-    updated = points_B2M3.cpu().clone()
-    for image, click in enumerate(clicks):
-        if click is not None:
-            row, column, positive = click
-            slot = (limit if positive else slots) - index
-            updated[image, slot] = torch.tensor([row, column, index], dtype=updated.dtype)
-    return updated.to(points_B2M3.device)
+    found = [(image, click) for image, click in enumerate(clicks) if click is not None]
+    slots = [(limit if click.positive else 2 * limit) - index for _, click in found]
+    where = torch.tensor([[image for image, _ in found], slots], dtype=torch.int64)
+    values = torch.tensor([[click.row, click.column, index] for _, click in found], dtype=points_B2M3.dtype)
+    where, values = (each.to(points_B2M3.device, non_blocking=True) for each in (where, values.reshape(-1, 3)))
+    updated = points_B2M3.clone()
+    updated[where[0], where[1]] = values
+    return updated
 
 
 def find_errors(probabilities_B1HW: Tensor, targets_B1HW: Tensor) -> Tensor:
@@ -49,8 +56,21 @@ def find_errors(probabilities_B1HW: Tensor, targets_B1HW: Tensor) -> Tensor:
     return MISSED * missed.byte() + FALSE * false.byte()
 
 
-def error_click(errors: np.ndarray, rng: np.random.Generator) -> tuple[int, int, bool] | None:
-    """(row, column, positive) uniform over the inner half of the deeper kind of error, or None without error.
+class ErrorClick(NamedTuple):
+    """A click on an error of the model."""
+
+    row: int  # pixels
+    column: int
+    positive: bool  # on the object
+
+
+def error_clicks(errors_BHW: np.ndarray, rngs: Sequence[np.random.Generator]) -> list[ErrorClick | None]:
+    """`error_click` for each image, on all CPUs."""
+    return in_threads(error_click, errors_BHW, rngs)
+
+
+def error_click(errors: np.ndarray, rng: np.random.Generator) -> ErrorClick | None:
+    """Uniform over the inner half of the deeper kind of error, or None without error.
 
     errors: uint8 [H, W], see `find_errors`. The depth of an error pixel is its distance in pixels to the nearest pixel
     without that error (OpenCV's 5x5 approximation; the frame counts as no error). The click is positive iff the deepest
@@ -64,9 +84,15 @@ def error_click(errors: np.ndarray, rng: np.random.Generator) -> tuple[int, int,
     if len(candidates) == 0:
         return None
     row, column = divmod(int(rng.choice(candidates)), depth.shape[1])
-    return row, column, positive
+    return ErrorClick(row, column, positive)
 
 
 def _depth(mask: np.ndarray) -> np.ndarray:
-    padded = np.pad(mask, 1).astype(np.uint8)
-    return cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1]
+    """float32 [H, W]. Only the box around the mask is looked at: no way out of it leads past a nearer frame of it."""
+    depth = np.zeros(mask.shape, np.float32)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows):
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        padded = np.pad(mask[box], 1).astype(np.uint8)
+        depth[box] = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1]
+    return depth

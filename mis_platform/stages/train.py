@@ -69,8 +69,9 @@ from mis_platform.storage import Storage, StorageError
 
 VERSION = 2  # 2: colours have random numbers of their own
 
-IMAGES_ON_GPU, IMAGES_ON_CPU = 32, 8  # of a forward pass; a CPU's caches hold few
-HALVINGS = 2  # of the 32, on a GPU that is too small: as many as resources.max_failures allows by default
+# Of a forward pass. A GPU answers for some while clicks are found for others; a CPU's caches hold few.
+IMAGES_ON_GPU, IMAGES_ON_CPU = 16, 8
+HALVINGS = 2  # of the 16, on a GPU that is too small: as many as resources.max_failures allows by default
 EXAMPLES_PER_TASK = 8
 PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which may wait finished for a worker
 STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap

@@ -26,7 +26,7 @@ from mis_platform.config import Run, TrainConfig, plain
 from mis_platform.data.examples import COLORS, NETWORK, PASSES, generator
 from mis_platform.errors import TrainingDiverged
 from mis_platform.model.augmentation import augment_colors
-from mis_platform.model.interaction import append_iterative_clicks
+from mis_platform.model.interaction import append_clicks, error_clicks, find_errors
 from mis_platform.model.losses import (
     binary_cross_entropy_per_sample,
     normalized_focal_loss_per_sample,
@@ -34,9 +34,10 @@ from mis_platform.model.losses import (
 )
 from mis_platform.model.replay import Replay
 from mis_platform.model.simpleclick import DROPOUT, VARIANTS, SimpleClick, resize_position_embedding
+from mis_platform.model.transfer import download
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_mae, load_model, save_model
 from mis_platform.storage import Storage
-from mis_platform.threads import one_ahead
+from mis_platform.threads import in_turns, one_ahead
 
 CHECKPOINTS = "steps"  # directory below the artifact's
 CHECKPOINTS_KEPT = 2
@@ -124,9 +125,9 @@ def _pretrained_model(run: Run, pretraining: Storage) -> SimpleClick:
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Adam:
-    """Adam over the parameters that take part, without weight decay (SimpleClick)."""
+    """Adam over the parameters that take part, without weight decay (SimpleClick). On a GPU one kernel does it all."""
     used = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(used, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.Adam(used, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=used[0].is_cuda)
 
 
 # -- the step --------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class Learner:
         rate = self.schedule.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         values = self._backward(step, batch)
         mask_loss, smoothness, iou = (all_sum(values.double().sum(dim=0)) / self.run.train.batch_size).tolist()
         loss = mask_loss + self.run.train.smooth_weight * smoothness
@@ -230,18 +231,26 @@ class Learner:
             "learning_rate": rate,
         }
 
+    def _clear_gradients(self) -> None:
+        for parameter in self._used if self._is_replayed else []:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.zero_grad(set_to_none=not self._is_replayed)  # a replay adds to where they were, in place
+
     def _backward(self, step: int, batch: Prepared) -> Tensor:
-        """Accumulate the gradient; [B, 3] on `device`: mask loss, smoothness and IoU of each image."""
+        """Accumulate the gradient; [B, 3] on `device`: mask loss, smoothness and IoU of each image.
+
+        The parts of the batch take turns: a GPU answers for one while clicks are found for another.
+        """
         passes = int(generator(self.run.train.seed, PASSES, step).integers(self.run.clicks.iterative_clicks + 1))
         count = len(batch.numbers)
-        rows = []
-        for start in range(0, count, self.images_at_once):
-            is_last = start + self.images_at_once >= count
-            with self._without_exchange(not is_last):
-                values = self._values(batch.part(start, start + self.images_at_once), passes)
-                # The mean over the worker's share; the mean of these over the workers is that over the batch.
-                ((values[:, 0] + self.run.train.smooth_weight * values[:, 1]).sum() / count).backward()
-            rows.append(values.detach())
+        parts = [batch.part(start, start + self.images_at_once) for start in range(0, count, self.images_at_once)]
+        rows: list[Tensor] = []
+        self.model.eval()
+        for part, clicked in zip(parts, in_turns(self._interact(part, passes) for part in parts)):
+            self.model.train()  # all have got their answers: there are as many for each
+            with self._without_exchange(len(rows) + 1 < len(parts)):
+                rows.append(self._descend(part.colored, part.images, part.targets, *clicked, count=count))
         return torch.cat(rows)
 
     def _without_exchange(self, apply: bool) -> contextlib.AbstractContextManager[Any]:
@@ -250,15 +259,42 @@ class Learner:
             return self.network.no_sync()
         return contextlib.nullcontext()
 
-    def _values(self, batch: Prepared, passes: int) -> Tensor:
-        """Mask loss, smoothness (both with gradient) and IoU of each image: [B, 3]."""
-        config, targets = self.run.train, batch.targets
-        rngs = [generator(config.seed, NETWORK, number) for number in batch.numbers]
-        previous, points = self._interact(batch.images, targets, batch.points, passes, rngs)
-        logits = self._forward(self.network, batch.colored, previous, points, self._draw_dropout(rngs))
-        mask_loss = MASK_LOSSES[config.loss](logits, targets)
-        smoothness = smoothness_loss_per_sample(logits, batch.images, config.smooth_form)
-        return torch.stack([mask_loss, smoothness, overlap(logits.detach(), targets)], dim=1)
+    @functools.cached_property
+    def _descend(self) -> Callable[..., Tensor]:
+        """(colored, images, targets, previous mask, points, dropout, count=) -> mask loss, smoothness and IoU [B, 3].
+
+        Adds this part's to the gradient of the mean over `count` images, the worker's share. The mean of these over the
+        workers is that over the batch.
+        """
+        config = self.run.train
+
+        def descend(
+            colored: Tensor,
+            images: Tensor,
+            targets: Tensor,
+            previous: Tensor,
+            points: Tensor,
+            dropout: Tensor,
+            *,
+            count: int,
+        ) -> Tensor:
+            logits = self._forward(self.network, colored, previous, points, dropout)
+            mask_loss = MASK_LOSSES[config.loss](logits, targets)
+            smoothness = smoothness_loss_per_sample(logits, images, config.smooth_form)
+            ((mask_loss + config.smooth_weight * smoothness).sum() / count).backward()
+            return torch.stack([mask_loss, smoothness, overlap(logits, targets)], dim=1).detach()
+
+        gradients = [parameter.grad for parameter in self._used if parameter.grad is not None]
+        return Replay(descend, gradients) if self._is_replayed else descend
+
+    @property
+    def _used(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def _is_replayed(self) -> bool:
+        """Workers that exchange gradients do so in steps that cannot be recorded."""
+        return self.device.type == "cuda" and self.network is self.model
 
     def _upload(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images float32 [B, 3, H, W] in [0, 1], targets float32 [B, 1, H, W], points, on `device`."""
@@ -268,18 +304,20 @@ class Learner:
         images, masks, points = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
         return images.permute(0, 3, 1, 2).float().contiguous() / 255, masks[:, None].float(), points
 
-    @torch.no_grad()
-    def _interact(
-        self, images: Tensor, targets: Tensor, points: Tensor, passes: int, rngs: Sequence[np.random.Generator]
-    ) -> tuple[Tensor, Tensor]:
-        """(previous mask, points) after `passes` clicks on the model's own errors, in evaluation mode (RITM)."""
-        previous = torch.zeros_like(targets)
-        self.model.eval()
+    def _interact(self, batch: Prepared, passes: int) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
+        """(previous mask, points, dropout) after `passes` clicks on the model's own errors, in evaluation mode (RITM).
+
+        Yields after each question to the network, whose answer takes a while.
+        """
+        rngs = [generator(self.run.train.seed, NETWORK, number) for number in batch.numbers]
+        previous, points = torch.zeros_like(batch.targets), batch.points
         for index in range(1, passes + 1):
-            previous = self._answer(images, previous, points)
-            points = append_iterative_clicks(points, previous, targets, index, rngs)
-        self.model.train()
-        return previous, points
+            with torch.no_grad():
+                previous = self._answer(batch.images, previous, points)
+                errors = download(find_errors(previous, batch.targets))
+            yield
+            points = append_clicks(points, error_clicks(errors(), rngs), index)
+        return previous, points, self._draw_dropout(rngs)
 
     @functools.cached_property
     def _answer(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -300,7 +338,7 @@ class Learner:
         """What multiplies the head's channels: [B, channels]."""
         channels = VARIANTS[self.model.variant].head_channels
         kept = np.stack([rng.random(channels) >= DROPOUT for rng in rngs])
-        return torch.from_numpy(kept.astype(np.float32) / np.float32(1 - DROPOUT)).to(self.device)
+        return torch.from_numpy(kept.astype(np.float32) / np.float32(1 - DROPOUT)).to(self.device, non_blocking=True)
 
     def _check_finite(self, what: str, value: float, step: int, images: Sequence[tuple[str, bool]]) -> None:
         """images: (id, whether its own values are finite) of this worker's share."""
@@ -394,7 +432,10 @@ def _load_model(source: Storage) -> SimpleClick:
 def load_optimizer(out: Storage, step: int, optimizer: torch.optim.Adam) -> None:
     """Restore its state at `step`, in place; tensors go to the device of their parameters."""
     data = out.child(CHECKPOINTS, f"{step:08d}").read_bytes(OPTIMIZER_FILE)
-    optimizer.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved["fused"] = own["fused"]  # which is a matter of the device
+    optimizer.load_state_dict(state)
 
 
 def load_history(out: Storage, step: int) -> History:

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage, stats
 from torch import Tensor
 
-from mis_platform.model.interaction import append_iterative_clicks, error_click, find_errors
+from mis_platform.model.interaction import _depth, append_iterative_clicks, error_click, find_errors
 
 SLOTS = 24
 
@@ -81,6 +81,16 @@ def test_depth_is_opencv_s_five_by_five_approximation() -> None:
         if differing == 3:
             return
     pytest.fail(f"only {differing} blobs tell the two transforms apart")
+
+
+def test_the_depth_within_a_box_is_that_of_the_whole_photo() -> None:
+    for seed in range(60):
+        rng = rng_of(10, seed)
+        blob = ndimage.gaussian_filter(rng.normal(size=(40, 50)), rng.uniform(0.5, 4)) > rng.uniform(0, 0.1)
+        (top, bottom), (left, right) = (sorted(rng.integers(0, size + 1, 2)) for size in blob.shape)
+        mask = blob & rectangle(blob.shape, slice(top, bottom), slice(left, right))
+        padded = np.pad(mask, 1).astype(np.uint8)
+        np.testing.assert_array_equal(_depth(mask), cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1])
 
 
 def test_thresholds_are_strict() -> None:

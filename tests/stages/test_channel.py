@@ -99,15 +99,15 @@ def test_too_little_memory_halves_the_images_once() -> None:
 
 
 def test_the_images_that_nobody_asked_for_are_halved_more_than_once() -> None:
-    """Of the 32 by default, a GPU that holds 8 gets 8, within the restarts that a training has."""
+    """Of the 16 by default, a GPU that holds 4 gets 4, within the restarts that a training has."""
     assert Resources().max_failures >= HALVINGS
     channel = Channel(IMAGES_ON_GPU, HALVINGS)
-    for images in (32, 16):
+    for images in (16, 8):
         channel.out_of_memory(images)
         assert channel.images_at_once() == images // 2
         assert channel.failure() is None
-    channel.out_of_memory(8)
-    with pytest.raises(ValueError, match=r"8 image\(s\) at once, resources.batch_per_device=32; set it below 8"):
+    channel.out_of_memory(4)
+    with pytest.raises(ValueError, match=r"4 image\(s\) at once, resources.batch_per_device=16; set it below 4"):
         raise channel.failure() or AssertionError
 
 

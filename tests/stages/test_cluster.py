@@ -157,7 +157,7 @@ def test_every_stage_uses_the_gpus_that_it_may(
     assert precompute._gpus(FeaturesConfig(extractor="color_texture"), resources) == 0
     scaling, _, _ = train.plan(resources)
     assert scaling.use_gpu is bool(gpus)
-    assert train.images_at_once(resources, batch_size=64) == (32 if gpus else 8)
+    assert train.images_at_once(resources, batch_size=64) == (16 if gpus else 8)
     two = resources.model_copy(update={"num_workers": 2})
     assert train.images_at_once(two, batch_size=10) == 5  # what a worker has
     few = two.model_copy(update={"batch_per_device": 3})
