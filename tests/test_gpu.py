@@ -63,7 +63,7 @@ def test_the_smoothness_kernel_repeats_itself_to_the_bit_in_any_memory_layout(fo
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 24e9, reason="needs 24 GB"
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9, reason="needs 40 GB"
 )
 def test_the_smoothness_kernel_counts_beyond_two_to_the_31_values():
     logits = torch.randn(3600, 1, 448, 448, device="cuda", requires_grad=True)

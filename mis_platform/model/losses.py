@@ -139,7 +139,7 @@ def _smoothness(logits_B1HW: Tensor, image_B3HW: Tensor, form: _Form) -> Tensor:
     prediction = _widen(logits_B1HW)
     if form.on_probabilities:
         prediction = prediction.sigmoid()
-    values = _Smoothness.apply(prediction[:, 0], image_B3HW.to(prediction.dtype), form)
+    values = _Smoothness.apply(prediction.squeeze(1), image_B3HW.to(prediction.dtype), form)
     assert isinstance(values, Tensor)
     return values
 
