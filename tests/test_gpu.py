@@ -9,8 +9,9 @@ import torch
 
 from mis_platform.config import EvalConfig, FeaturesConfig, Run
 from mis_platform.evaluation.protocol import Sample, evaluate
+from mis_platform.model import losses
 from mis_platform.model.features import build_extractor
-from mis_platform.model.losses import smoothness_loss
+from mis_platform.model.losses import FORMS, smoothness_loss, smoothness_loss_per_sample
 from mis_platform.model.replay import Replay
 from mis_platform.model.simpleclick import SimpleClick
 from mis_platform.stages.training_loop import Learner, Schedule, collate, initial_model, optimizer_of
@@ -21,19 +22,62 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("form", ["official", "paper"])
-def test_the_smoothness_loss_and_its_gradient(form):
+def smoothness_case(batch, height, width):
+    """(logits [B, 1, H, W], image [B, 3, H, W]): colours that differ by a few levels, as neighbours in a photo do."""
     rng = torch.Generator().manual_seed(0)
-    logits, image = torch.randn(2, 1, 64, 64, generator=rng), torch.rand(2, 3, 64, 64, generator=rng)
-    gradients, losses = [], []
-    for device in ("cpu", "cuda"):
-        prediction = logits.detach().to(device).requires_grad_()
-        loss = smoothness_loss(prediction, image.to(device), form)
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append(prediction.grad.cpu())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-8)
+    logits = torch.randn(batch, 1, height, width, generator=rng)
+    return logits.cuda(), (0.5 + 0.03 * torch.randn(batch, 3, height, width, generator=rng)).cuda()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(448, 448), (443, 331), (3, 500), (1, 1), (1, 2), (9, 1), (5, 7)])
+def test_the_smoothness_kernel_computes_what_float64_does(form, size):
+    logits, image = smoothness_case(3, *size)
+    assert losses._kernel_works(logits.device, FORMS[form])
+    weights = torch.tensor([1.0, -2.0, 0.5], device="cuda")
+    values, gradients = [], []
+    for dtype in (torch.float32, torch.float64):
+        prediction = logits.to(dtype, copy=True).requires_grad_()
+        values.append(smoothness_loss_per_sample(prediction, image.to(dtype), form))
+        (values[-1] * weights).sum().backward()
+        gradients.append(prediction.grad.double())
+    torch.testing.assert_close(values[0].double(), values[1], rtol=3e-6, atol=0)
+    tolerance = 2e-6 * gradients[1].abs().max().item()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=tolerance)
+    with torch.no_grad():
+        assert torch.equal(smoothness_loss_per_sample(logits, image, form), values[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_smoothness_loss_is_the_same_on_both_devices(form):
+    logits, image = smoothness_case(2, 64, 70)
+    on_gpu, on_cpu = smoothness_loss(logits, image, form), smoothness_loss(logits.cpu(), image.cpu(), form)
+    assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_smoothness_kernel_repeats_itself_to_the_bit_in_any_memory_layout(form):
+    logits, image = smoothness_case(2, 100, 130)
+    strided = torch.stack([logits, logits], dim=-1)[..., 0]
+    inputs = [(logits, image), (logits, image), (strided, image.to(memory_format=torch.channels_last))]
+    results = [losses._fused(prediction[:, 0], colours, FORMS[form]) for prediction, colours in inputs]
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result))
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 40e9, reason="needs 40 GB"
+)
+def test_the_smoothness_kernel_counts_beyond_two_to_the_31_values():
+    logits = torch.randn(3600, 1, 448, 448, device="cuda", requires_grad=True)
+    image = torch.rand(3600, 3, 448, 448, device="cuda").mul_(0.05)
+    assert image.numel() > 2**31
+    values = smoothness_loss_per_sample(logits, image)
+    values.sum().backward()
+    last = logits.detach()[-1:].clone().requires_grad_()
+    value = smoothness_loss_per_sample(last, image[-1:].clone())
+    value.backward()
+    torch.testing.assert_close(values[-1:], value, rtol=1e-6, atol=0)
+    assert torch.equal(logits.grad[-1:], last.grad)
 
 
 def test_the_click_model():

@@ -10,14 +10,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "mis_platform"
 HEAVY = {
     *("cv2", "matplotlib", "mlflow", "numba", "numpy", "PIL", "pyarrow", "pydantic", "ray", "safetensors"),
-    *("maxflow", "scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "typer"),
+    *("maxflow", "scipy", "skimage", "sklearn", "timm", "torch", "torchvision", "triton", "typer"),
 }
 
 # place -> (heavy packages it may import, parts of this package it may import)
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "simulation": ({"numba", "numpy"}, {"config"}),
     "model": (
-        {"cv2", "numpy", "PIL", "safetensors", "timm", "torch", "torchvision"},
+        {"cv2", "numpy", "PIL", "safetensors", "timm", "torch", "torchvision", "triton"},
         {"config", "errors", "simulation", "threads"},
     ),
     "evaluation": (
@@ -188,7 +188,7 @@ def test_help_and_typos_answer_without_heavy_imports(arguments: list[str]) -> No
 
 def test_what_every_trial_starts_imports_no_heavy_package_it_may_not_need() -> None:
     """Starting processes is most of what a short trial takes: of `mis_platform.trial` and of an evaluator."""
-    needless = {"mlflow", "matplotlib", "timm", "torchvision", "sklearn", "skimage", "torch._dynamo"}
+    needless = {"mlflow", "matplotlib", "timm", "torchvision", "sklearn", "skimage", "torch._dynamo", "triton"}
     code = f"import sys; import mis_platform.trial, mis_platform.stages.evaluate; print({needless} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "set()", done.stderr

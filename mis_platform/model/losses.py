@@ -6,6 +6,8 @@ first, float64 stays float64.
 Shape suffixes: B images, C channels, H W pixels.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +87,12 @@ class _Form:
     def num_neighbours(self) -> int:
         return (2 * self.radius + 1) ** 2 - 1
 
+    @property
+    def scaled_rows(self) -> tuple[tuple[float, float, float], ...]:
+        """`to_luv` for colours in [0, 1], scaled so that squared differences of l, u and v add up in the exponent."""
+        scales = (255 / math.sqrt(2 * variance) for variance in (self.var_l, self.var_uv, self.var_uv))
+        return tuple((r * scale, g * scale, b * scale) for (r, g, b), scale in zip(self.to_luv, scales, strict=True))
+
     def half_offsets(self) -> Iterator[tuple[int, int]]:
         """(rows, columns), one of each opposite pair."""
         steps = range(-self.margin, self.margin + 1, self.spacing)
@@ -131,7 +139,7 @@ def _smoothness(logits_B1HW: Tensor, image_B3HW: Tensor, form: _Form) -> Tensor:
     prediction = _widen(logits_B1HW)
     if form.on_probabilities:
         prediction = prediction.sigmoid()
-    values = _Smoothness.apply(prediction[:, 0], image_B3HW.to(prediction.dtype), form)
+    values = _Smoothness.apply(prediction.squeeze(1), image_B3HW.to(prediction.dtype), form)
     assert isinstance(values, Tensor)
     return values
 
@@ -139,23 +147,16 @@ def _smoothness(logits_B1HW: Tensor, image_B3HW: Tensor, form: _Form) -> Tensor:
 class _Smoothness(torch.autograd.Function):
     """Mean affinity-weighted squared difference [B] of a prediction [B, H, W]; differentiable once, in the prediction.
 
-    On a CPU images are taken one at a time, because the working planes of one image stay in the cache.
+    float32 on a GPU has a kernel; all else goes through PyTorch, pair by pair.
     """
 
     @staticmethod
     def forward(ctx: Any, prediction_BHW: Tensor, image_B3HW: Tensor, form: _Form) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
-        log_weights = _log_weights(prediction_BHW, form)
-        gradient = torch.empty_like(prediction_BHW) if needs_gradient else None
-        values = prediction_BHW.new_empty(len(prediction_BHW))
-        images_at_once = 1 if prediction_BHW.device.type == "cpu" else max(1, len(values))
-        for first in range(0, len(values), images_at_once):
-            chunk = slice(first, first + images_at_once)
-            part = _accumulate(prediction_BHW[chunk], image_B3HW[chunk], form, log_weights, needs_gradient)
-            values[chunk] = part[0]
-            if gradient is not None:
-                gradient[chunk] = part[1]
-        if gradient is not None:
+        has_kernel = prediction_BHW.is_cuda and prediction_BHW.dtype == torch.float32
+        compute = _fused if has_kernel and _kernel_works(prediction_BHW.device, form) else _pair_by_pair
+        values, gradient = compute(prediction_BHW, image_B3HW, form, needs_gradient)
+        if needs_gradient:
             ctx.save_for_backward(gradient)
         return values
 
@@ -164,6 +165,58 @@ class _Smoothness(torch.autograd.Function):
     def backward(ctx: Any, grad_values_B: Tensor) -> tuple[Tensor, None, None]:
         (gradient_BHW,) = ctx.saved_tensors
         return gradient_BHW * grad_values_B[:, None, None], None, None
+
+
+def _fused(
+    prediction_BHW: Tensor, image_B3HW: Tensor, form: _Form, needs_gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(values [B], gradient [B, H, W]) by the kernel. Triton is imported here: a CPU can do without."""
+    from mis_platform.model.smoothness_kernel import fused_smoothness
+
+    return fused_smoothness(
+        prediction_BHW,
+        image_B3HW,
+        spacing=form.spacing,
+        margin=form.margin,
+        var_xy=form.var_xy,
+        scaled_rows=form.scaled_rows,
+        needs_gradient=needs_gradient,
+    )
+
+
+@functools.cache
+def _kernel_works(device: torch.device, form: _Form) -> bool:
+    """Whether the kernel can be compiled and started here; if not, it says why, once.
+
+    That takes Triton, a C compiler, Python's headers, a directory for compiled code and a GPU that Triton knows.
+    """
+    try:
+        _fused(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 3, 1, 1, device=device), form)
+    except Exception as error:  # of imports, of compilers, of drivers, of the disk: any of it only costs time
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        logging.getLogger(__name__).warning("the smoothness loss goes without its fast kernel: %s", reason)
+        return False
+    return True
+
+
+def _pair_by_pair(
+    prediction_BHW: Tensor, image_B3HW: Tensor, form: _Form, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(values [B], gradient [B, H, W]); the gradient means nothing unless asked for.
+
+    On a CPU images are taken one at a time, because the working planes of one image stay in the cache.
+    """
+    log_weights = _log_weights(prediction_BHW, form)
+    gradient = torch.empty_like(prediction_BHW) if needs_gradient else prediction_BHW
+    values = prediction_BHW.new_empty(len(prediction_BHW))
+    images_at_once = 1 if prediction_BHW.device.type == "cpu" else max(1, len(values))
+    for first in range(0, len(values), images_at_once):
+        chunk = slice(first, first + images_at_once)
+        part = _accumulate(prediction_BHW[chunk], image_B3HW[chunk], form, log_weights, needs_gradient)
+        values[chunk] = part[0]
+        if needs_gradient:
+            gradient[chunk] = part[1]
+    return values, gradient
 
 
 def _accumulate(
@@ -199,10 +252,9 @@ def _accumulate(
 
 def _scaled_luv(image_B3HW: Tensor, form: _Form) -> Iterator[Tensor]:
     """Luma and the two chroma planes [B, H, W], scaled so that their squared differences add up in the exponent."""
-    for row, variance in zip(form.to_luv, (form.var_l, form.var_uv, form.var_uv), strict=True):
-        scale = 255 / math.sqrt(2 * variance)
-        red, green, blue = image_B3HW.unbind(1)
-        yield (red * (row[0] * scale)).add_(green, alpha=row[1] * scale).add_(blue, alpha=row[2] * scale)
+    red, green, blue = image_B3HW.unbind(1)
+    for row in form.scaled_rows:
+        yield (red * row[0]).add_(green, alpha=row[1]).add_(blue, alpha=row[2])
 
 
 def _log_weights(like_BHW: Tensor, form: _Form) -> list[Tensor]:
