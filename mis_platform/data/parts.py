@@ -89,6 +89,7 @@ class PartReader(ABC):
         self.cache_bytes = cache_bytes
         self._parts: list[Part] = read_manifest(storage)["parts"]
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cached_bytes = 0
         self._known: dict[str, tuple[int, int]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,8 +154,10 @@ class PartReader(ABC):
         return read_part(self.storage, self._parts[number], type(self).decode)
 
     def _keep(self, number: int, table: pa.Table) -> pa.Table:
-        self._cache[number] = table
+        if number not in self._cache:
+            self._cached_bytes += table.nbytes
+            self._cache[number] = table
         self._cache.move_to_end(number)
-        while len(self._cache) > 1 and sum(each.nbytes for each in self._cache.values()) > self.cache_bytes:
-            self._cache.popitem(last=False)
+        while len(self._cache) > 1 and self._cached_bytes > self.cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return table
