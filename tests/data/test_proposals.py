@@ -231,16 +231,11 @@ def test_reader_finds_every_photo(artifact: Storage, cache_bytes: int) -> None:
         reader.masks("9/9")
 
 
-def test_parts_are_read_once_if_they_fit(artifact: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-    read_bytes = Storage.read_bytes
-    monkeypatch.setattr(
-        Storage, "read_bytes", lambda self, name, *limit: (names.append(name), read_bytes(self, name))[1]
-    )
+def test_parts_are_read_once_if_they_fit(artifact: Storage, names_read: list[str]) -> None:
     reader = ProposalReader(artifact)
     for image_id in list(ALL)[::-1]:
         reader.masks(image_id)
-    assert names == ["manifest.json", *(f"proposals-{part}.parquet" for part in range(3))]
+    assert names_read == ["manifest.json", *(f"proposals-{part}.parquet" for part in range(3))]
     small = ProposalReader(artifact, cache_bytes=1)
     assert small.count("0/1") == 1
     assert len(small._cache) == 1

@@ -118,21 +118,16 @@ def test_reader_follows_the_manifest(artifact: Storage) -> None:
         reader.tree("9/9")
 
 
-def test_every_part_is_read_once_if_they_fit(artifact: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: list[str] = []
-    read_bytes = Storage.read_bytes
-    monkeypatch.setattr(
-        Storage, "read_bytes", lambda self, name, *limit: (names.append(name), read_bytes(self, name))[1]
-    )
+def test_every_part_is_read_once_if_they_fit(artifact: Storage, names_read: list[str]) -> None:
     reader = TreeReader(artifact)
     for image_id in list(TREES_OF)[::-1]:
         reader.tree(image_id)
-    assert names == ["manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
-    names.clear()
+    assert names_read == ["manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    names_read.clear()
     small = TreeReader(artifact, cache_bytes=1)
     for image_id in list(TREES_OF)[::-1]:
         np.testing.assert_array_equal(small.tree(image_id).children, TREES_OF[image_id].children)
-    assert names[4:] == ["part-00001.parquet", "part-00000.parquet"]  # the last one was still there
+    assert names_read[4:] == ["part-00001.parquet", "part-00000.parquet"]  # the last one was still there
     assert len(small._cache) == 1
 
 
