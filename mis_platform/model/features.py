@@ -87,8 +87,8 @@ class Extractor:
     _trials: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def photos_at_once(self, patches: int) -> int:
-        """Photos of so many patches in every forward pass: `batch_size`, or fewer where they are large."""
-        return max(1, min(self.batch_size, BATCH_PATCHES // patches))
+        """Photos of so many patches in every forward pass: see `photos_at_once`."""
+        return photos_at_once(self.batch_size, patches)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches for a photo of that many pixels."""
@@ -124,6 +124,11 @@ class Extractor:
                     *(count, *photo.shape[:2]),
                 )
         return self._trials[photo.shape]
+
+
+def photos_at_once(batch_size: int, patches: int) -> int:
+    """Photos of so many patches in a forward pass: `batch_size`, or fewer where they are large."""
+    return max(1, min(batch_size, BATCH_PATCHES // patches))
 
 
 def network_size(height: int, width: int, patch: int) -> tuple[int, int]:

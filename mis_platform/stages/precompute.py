@@ -5,8 +5,8 @@ The proposals of other methods are made the same way: what is kept of a photo is
 Notable choices:
 
 * **A photo is described as if it were alone.** Photos of one network size may share a forward pass
-  (features.batch_size), and which ones do is chance; a tree does not depend on it (docs/decisions/005). They are looked
-  for among the next photos of a chunk, as far as WINDOW_BYTES of pixels reach.
+  (features.batch_size), and which ones do is chance; a tree does not depend on it (docs/decisions/005). Chunks bring
+  photos of one size together, by their headers; in a chunk they are looked for as far as WINDOW_BYTES of pixels reach.
 * **Workers write, the driver counts.** A worker writes its part under a name that follows from the ids inside
   (temporary file, then rename) and returns one small record: the same part always has the same name.
 * **The directory is the state.** After any interruption the whole parts are found by reading them; only photos in none
@@ -23,7 +23,6 @@ import functools
 import gc
 import json
 import logging
-import math
 import os
 import time
 import warnings
@@ -36,6 +35,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.annotations import RayDeprecationWarning
@@ -44,12 +44,20 @@ from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
 from mis_platform.data import sandbox
 from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import ImageRefused, Reason
+from mis_platform.data.images import ImageRefused, Reason, probe_size
 from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
 from mis_platform.errors import DataError
-from mis_platform.model.features import WITHOUT_WEIGHTS, Extractor, build_extractor, patch_size, prepare
+from mis_platform.model.features import (
+    WITHOUT_WEIGHTS,
+    Extractor,
+    build_extractor,
+    network_size,
+    patch_size,
+    photos_at_once,
+    prepare,
+)
 from mis_platform.progress import Progress
 from mis_platform.stages import cluster
 from mis_platform.stages.products import TREES_PRODUCT, Product
@@ -79,6 +87,8 @@ LOST_CHUNKS = 16  # that may be given up after that; their photos are tried once
 STALL_SECONDS = 300.0  # without a finished chunk
 MESSAGE_LETTERS = 500
 MAX_TASKS = 4096  # chunks in a wave, one a task: Ray Data plans every task in advance
+DEATHS = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
+HEADERS_PER_TASK = 512  # photos; 0.4 ms each on a disk
 CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have nothing left to do, must not count
 MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest lists every part
 MAX_CHUNK = 128  # photos that they grow to: a training reads a whole part to get at one tree
@@ -555,10 +565,11 @@ def compute(
     cluster.quiet_data()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
     gpus = _gpus(features, resources)
-    chunks = chunk_dataset(photos, resources.chunk_images)
+    cut = cut_into_chunks(photos, features, data, resources)
+    chunks = chunk_dataset(cut)
     chunks.context.max_errored_blocks = LOST_CHUNKS
     chunks.context.execution_no_progress_timeout_s = STALL_SECONDS
-    workers = min(_workers(resources, gpus), math.ceil(len(photos) / resources.chunk_images))
+    workers = min(_workers(resources, gpus), len(cut))
     # A chunk that waits at a worker is lost with it. Single photos are handed out one at a time for that reason.
     pool = ray.data.ActorPoolStrategy(
         size=workers, max_tasks_in_flight_per_actor=2 if resources.chunk_images > 1 else 1
@@ -589,13 +600,67 @@ def read_records(records: ray.data.Dataset) -> Iterator[Row]:
         yield from map(json.loads, cast(pa.Table, batch)["record"].to_pylist())
 
 
-def chunk_dataset(photos: Sequence[Photo], chunk_images: int) -> ray.data.Dataset:
+def cut_into_chunks(
+    photos: Sequence[Photo], features: FeaturesConfig, data: DataConfig, resources: Resources
+) -> list[Sequence[Photo]]:
+    """Chunks of at most `resources.chunk_images` photos, or of as many as share a forward pass if that is more.
+
+    Where photos share passes, a chunk has photos of one size, in whole passes; only what is left of each size is mixed.
+    """
+    size, are_alone = resources.chunk_images, features.batch_size == 1 or features.extractor == WITHOUT_WEIGHTS
+    if are_alone or size == 1 or resources.untrusted:  # a header would be as slow to read as a photo
+        return _slices(photos, size)
+    groups: dict[tuple[int, int], list[Photo]] = {}
+    for photo, grid in zip(photos, _grids(photos, data, patch_size(features)), strict=True):
+        groups.setdefault(grid, []).append(photo)
+    chunks: list[Sequence[Photo]] = []
+    left: list[Photo] = []
+    for (rows, columns), group in groups.items():
+        count = photos_at_once(features.batch_size, max(1, rows * columns))
+        whole = len(group) // count * count
+        chunks += _slices(group[:whole], max(count, size // count * count))
+        left += group[whole:]
+    return chunks + _slices(left, size)
+
+
+def _slices(photos: Sequence[Photo], size: int) -> list[Sequence[Photo]]:
+    return [photos[start : start + size] for start in range(0, len(photos), size)]
+
+
+def _grids(photos: Sequence[Photo], data: DataConfig, patch: int) -> list[tuple[int, int]]:
+    """(rows, columns) of patches by the header of each photo; (0, 0) for one that has none, or ends its process."""
+    tasks = [_read_grids.remote(part, data, patch) for part in _slices(photos, HEADERS_PER_TASK)]
+    found: list[tuple[int, int]] = []
+    for task, part in zip(tasks, _slices(photos, HEADERS_PER_TASK), strict=True):
+        try:
+            grids: list[tuple[int, int]] = ray.get(task)
+        except DEATHS:  # which of them it is will be found out
+            grids = [(0, 0)] * len(part)
+        found += grids
+    return found
+
+
+@ray.remote(max_retries=0)
+def _read_grids(photos: Sequence[Photo], data: DataConfig, patch: int) -> list[tuple[int, int]]:
+    def grid(photo: Photo) -> tuple[int, int]:
+        path = os.fsdecode(photo[1])
+        try:
+            size = probe_size(path, max_megapixels=data.max_megapixels, min_side=data.min_side)
+            height, width = network_size(*size, patch)
+        except ImageRefused:
+            return 0, 0
+        return height // patch, width // patch
+
+    return [grid(photo) for photo in photos]
+
+
+def chunk_dataset(chunks: Sequence[Sequence[Photo]]) -> ray.data.Dataset:
     """One row a chunk: `image_ids` list<string>, `paths` list<binary>."""
-    chunks = []
-    for start in range(0, len(photos), chunk_images):
-        image_ids, paths = zip(*photos[start : start + chunk_images])
-        chunks.append({"image_ids": list(image_ids), "paths": list(paths)})
-    return ray.data.from_items(chunks, override_num_blocks=len(chunks))
+    rows = []
+    for photos in chunks:
+        image_ids, paths = zip(*photos)
+        rows.append({"image_ids": list(image_ids), "paths": list(paths)})
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def photos_of(chunk: pa.Table) -> list[Photo]:

@@ -394,7 +394,7 @@ def test_step_by_step_gives_the_same_trees(photos: Dataset, undisturbed: tuple[P
     """The way that is taken with GPUs, on the CPU, with a broken photo among them."""
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
-    chunks = precompute.chunk_dataset([*listed, ("bad", os.fsencode(tmp_path / "bad.jpg"))], 6)
+    chunks = precompute.chunk_dataset(precompute._slices([*listed, ("bad", os.fsencode(tmp_path / "bad.jpg"))], 6))
     pool = ray.data.ActorPoolStrategy(size=1)
     steps = precompute.in_steps(chunks, FEATURES, DataConfig(), Storage(str(tmp_path)), 6, pool, "cpu", None)
     tally = precompute.Tally(Progress("trees", 25, "images"))
@@ -620,7 +620,7 @@ def test_batches_change_nothing_however_they_are_formed(
 
     monkeypatch.setattr(precompute, "FeatureWorker", Counting)
     listed = [(sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in dataset.samples]
-    chunks, pool = precompute.chunk_dataset(listed, 11), ray.data.ActorPoolStrategy(size=1)
+    chunks, pool = precompute.chunk_dataset([listed]), ray.data.ActorPoolStrategy(size=1)
     steps = precompute.in_steps(chunks, batched, DataConfig(), Storage(str(tmp_path / "s")), 5, pool, "cpu", None)
     tally = precompute.Tally(Progress("trees", 11, "images"))
     for record in precompute.read_records(steps):
@@ -628,6 +628,44 @@ def test_batches_change_nothing_however_they_are_formed(
     assert combine_digests([part.digest for part in tally.parts]) == first.digest
     assert [each.image_id for each in tally.refused] == ["photo_003_broken"]
     assert sorted(path.name for path in tmp_path.glob("*_at_once")) == ["1_at_once", "5_at_once"]
+
+
+@pytest.mark.ray
+def test_chunks_bring_photos_of_one_size_together(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole passes; what is left of each size, and what has no header, is mixed."""
+    rng, sizes = np.random.default_rng(0), [(40, 48)] * 7 + [(39, 47)] * 2 + [(48, 40)] * 5 + [(64, 64)] * 2
+    photos = []
+    for k in rng.permutation(len(sizes) + 1):
+        path = tmp_path / f"{k:02d}.png"
+        if k < len(sizes):
+            Image.fromarray(rng.integers(0, 256, (*sizes[k], 3), dtype=np.uint8)).save(path)
+        else:
+            path.write_bytes(b"no image")
+        photos.append((path.stem, os.fsencode(path)))
+    monkeypatch.setattr(precompute, "HEADERS_PER_TASK", 5)
+    batched = FeaturesConfig(extractor="dino_vits8", batch_size=4)
+
+    def cut(features: FeaturesConfig, **resources: Any) -> list[list[str]]:
+        chunks = precompute.cut_into_chunks(photos, features, DataConfig(), Resources(**resources))
+        assert sorted(photo for chunk in chunks for photo in chunk) == sorted(photos)
+        return [[image_id for image_id, _ in chunk] for chunk in chunks]
+
+    grids = {f"{k:02d}": (-(-height // 8), -(-width // 8)) for k, (height, width) in enumerate(sizes)}
+    *whole, left = cut(batched, chunk_images=10)
+    assert sorted(map(len, whole)) == [4, 8]  # of the nine photos of 5x6 patches and the five of 6x5
+    for chunk in whole:
+        assert len({grids[image_id] for image_id in chunk}) == 1
+    assert len(left) == 5
+    listed = [image_id for image_id, _ in photos]
+    for features, resources in (
+        (FeaturesConfig(extractor="dino_vits8"), {}),
+        (FeaturesConfig(extractor="color_texture", batch_size=4), {}),
+        (batched, {"untrusted": True}),
+    ):
+        assert cut(features, chunk_images=10, **resources) == [listed[:10], listed[10:]]
+    assert cut(batched, chunk_images=1) == [[image_id] for image_id in listed]
 
 
 @pytest.mark.ray
