@@ -3,8 +3,10 @@
 The two adjacent regions whose union adds least to the summed squared error are merged, until one is left. The order of
 merges is that of a float64 implementation, near-ties included, at the price of float32. Notable choices:
 
-* **Filter and refine.** A cost is known as an interval, made sharper only if it could be the least one: first bounds
-  from the costs before a merge (no features are read), then float32 centres, then float64 from the patches themselves.
+* **Filter and refine.** A cost is known as an interval, from float32 centres or from the costs before a merge; only if
+  that cannot tell which cost is the least one, from the patches themselves in float64.
+* **All costs of a union at once.** Bounds could spare a few per cent of the distances; they cost more than those, in
+  roots and in branches that cannot be predicted. Rows of centres are fetched while the lists of neighbours are joined.
 * **One candidate per region.** The newer region of each adjacent pair owns the pair. A tournament tree over the regions
   holds the best pair of each; a pair that is gone is noticed when it comes up, and replaced then.
 * **Matches without branches.** Key and slot of a match are one integer, so that the winner is a minimum: the branches
@@ -19,17 +21,21 @@ import threading
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from mis_platform.simulation.tree import MergeTree
 
-BOUNDED, ROUNDED, EXACT = range(3)  # how well a cost is known: bounds only, float32, float64
 ROUNDOFF = 2.0**-24  # of float32, relative
 LANES = 8  # partial sums that a compiler keeps at least when it vectorises a float32 sum
 LARGEST_NORM = 1e15  # of a feature, so that no cost overflows float32
 ALIGNMENT = 64  # bytes: a cache line, so that no vector load crosses one
 KEY_BITS = np.uint64(0xFFFFFFFF00000000)  # of a ticket: the upper half of a cost; the lower half holds the slot
 NO_TICKET = np.uint64(1 << 63)  # or larger: of a slot without an edge, above the bits of any cost
+ROWS_AHEAD = 4  # of the features, fetched while the first costs are computed
+LINES_AHEAD = 24  # of a row: 384 channels. A loop up to its end costs half of the gain; what is beyond does no harm
 
 _EDGE = np.dtype(
     [
@@ -37,7 +43,6 @@ _EDGE = np.dtype(
         ("upper", np.float64),
         ("ends", np.int32),  # exclusive-or of both slots: with one of them it gives the other
         ("owner", np.int32),  # slot of the newer region, -1 for an edge that is gone
-        ("level", np.int32),  # BOUNDED, ROUNDED or EXACT
     ],
     align=True,
 )
@@ -53,7 +58,7 @@ _REGION = np.dtype(
         ("last", np.int32),
         ("next_patch", np.int32),  # chain of the patches of a region, starting at its slot
         ("last_patch", np.int32),
-        ("mark", np.int32),  # while two regions merge: the edge to the older of the two, else -1
+        ("mark", np.int32),  # while two regions merge: the edge whose cost is to be computed, else -1
     ],
     align=True,
 )
@@ -180,6 +185,33 @@ def _append(state: _State, slot: int, entry: int) -> None:
     state.following[entry] = -1
 
 
+@intrinsic
+def _prefetch(_typing_context: Any, rows: Any, row: Any) -> Any:
+    """Has the start of rows[row] fetched into the cache, without waiting: LLVM can, but numba has no name for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_type, row_type = signature.args
+        array = context.make_array(array_type)(context, builder, arguments[0])
+        place = [context.cast(builder, arguments[1], row_type, types.intp), context.get_constant(types.intp, 0)]
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        start = builder.bitcast(cgutils.get_item_pointer(context, builder, array_type, array, place), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        how = [number(0), number(3), number(1)]  # to read, into all levels, data
+        for line in range(LINES_AHEAD):
+            builder.call(fetch, [builder.gep(start, [number(line * ALIGNMENT)]), *how])
+        return context.get_dummy_value()
+
+    return types.void(rows, row), generate
+
+
+@_step
+def _prefetch_row(rows: np.ndarray, row: int) -> None:
+    """Short rows are not worth it: few bytes, and all of them are in the second-level cache anyway."""
+    if rows.shape[1] >= 128:
+        _prefetch(rows, row)  # type: ignore[call-arg]  # numba passes the typing context
+
+
 @_vector_loop
 def _copy_row(source: np.ndarray, target: np.ndarray, row: int) -> float:
     """Copies a row; returns its squared norm, NaN or infinite if any value is."""
@@ -225,7 +257,6 @@ def _round_cost(state: _State, edge: np.record) -> None:
     weight = _weight(a.size, b.size)
     edge.lower = weight * max(squared - doubt, 0.0)
     edge.upper = weight * (squared + doubt)
-    edge.level = ROUNDED
 
 
 @_step
@@ -236,7 +267,6 @@ def _exact_cost(state: _State, edge: np.record) -> None:
     _keep_exact_centre(state, slot_b, 1)
     squared = _exact_distance(state.exact)
     edge.lower = edge.upper = squared * _weight(state.regions[slot_a].size, state.regions[slot_b].size)
-    edge.level = EXACT
 
 
 @_step
@@ -272,15 +302,6 @@ def _exact_distance(exact: np.ndarray) -> float:
 
 
 @_step
-def _bound_cost(edge: np.record, size: float, moved: float, size_other: float, size_union: float) -> None:
-    """Lower bound of a cost after a centre moved by `moved`: the triangle inequality."""
-    distance = math.sqrt(edge.lower / _weight(size, size_other)) - moved
-    edge.lower = _weight(size_union, size_other) * max(distance, 0.0) ** 2
-    edge.upper = np.inf
-    edge.level = BOUNDED
-
-
-@_step
 def _combine_costs(
     edge_a: np.record, edge_b: np.record, joined: np.record, size_a: float, size_b: float, size: float
 ) -> None:
@@ -289,32 +310,38 @@ def _combine_costs(
     lower = (share_a * edge_a.lower + share_b * edge_b.lower - size * joined.upper) / share
     edge_a.upper = (share_a * edge_a.upper + share_b * edge_b.upper - size * joined.lower) / share
     edge_a.lower = max(lower, 0.0)
-    edge_a.level = min(edge_a.level, edge_b.level, ROUNDED)
 
 
 @_step
 def _choose_best(state: _State, slot: int) -> float:
-    """Finds the best edge that `slot` owns, known to float32 at least, and the second-best lower bound.
+    """Finds the best edge that `slot` owns and the second-best lower bound.
 
     Returns the lower bound of the best one, infinite if there is none.
     """
-    edges, regions = state.edges, state.regions
     best, lowest, second = -1, np.inf, np.inf
-    entry = regions[slot].first
+    entry = state.regions[slot].first
     while entry >= 0:
-        edge = edges[entry >> 1]
-        if edge.owner == slot and edge.lower <= second:
-            if edge.level == BOUNDED and edge.lower <= lowest:
-                _round_cost(state, edge)
-            tie = edge.lower == lowest and best >= 0
-            if edge.lower < lowest or (tie and regions[edge.ends ^ slot].node < regions[edges[best].ends ^ slot].node):
-                best, lowest, second = entry >> 1, edge.lower, lowest
-            else:
-                second = min(second, edge.lower)
+        edge = state.edges[entry >> 1]
+        lower = edge.lower if edge.owner == slot else np.inf
+        best, lowest, second = _better(state, slot, best, lowest, second, entry >> 1, lower)
         entry = state.following[entry]
-    regions[slot].best = best
-    regions[slot].second = second
+    state.regions[slot].best = best
+    state.regions[slot].second = second
     return lowest
+
+
+@_step
+def _better(
+    state: _State, slot: int, best: int, lowest: float, second: float, candidate: int, lower: float
+) -> tuple[int, float, float]:
+    """Best edge of a slot, its lower bound and the second-best one, with a candidate; branches for ties only."""
+    edges, regions = state.edges, state.regions
+    second = min(second, max(lower, lowest))
+    tie = lower == lowest and best >= 0
+    if tie and regions[edges[candidate].ends ^ slot].node < regions[edges[best].ends ^ slot].node:
+        best = candidate
+    best = candidate if lower < lowest else best
+    return best, min(lower, lowest), second
 
 
 @_step
@@ -377,21 +404,23 @@ def _evaluate_patches(state: _State) -> float:
     capacity = tournament.size // 2
     for slot in range(capacity):
         tournament[capacity + slot] = _ticket(slot, np.inf)
-    largest = 0.0
-    for slot in range(state.features.shape[0]):
+    largest, edge, count = 0.0, 0, state.features.shape[0]
+    for slot in range(count):
+        _prefetch_row(state.features, min(slot + ROWS_AHEAD, count - 1))
         norm = _copy_row(state.features, state.centres, slot)
         if not norm <= largest:  # also true for NaN
             largest = norm
         if not np.isfinite(largest):
             return largest
-        entry = state.regions[slot].first
-        while entry >= 0:
-            edge = state.edges[entry >> 1]
-            if edge.owner == slot:
-                _round_cost(state, edge)
-            entry = state.following[entry]
-        state.regions[slot].key = _choose_best(state, slot)
-        tournament[capacity + slot] = _ticket(slot, state.regions[slot].key)
+        region = state.regions[slot]
+        region.best, region.key, region.second = -1, np.inf, np.inf
+        while edge < state.edges.size and state.edges[edge].owner == slot:
+            _round_cost(state, state.edges[edge])
+            region.best, region.key, region.second = _better(
+                state, slot, region.best, region.key, region.second, edge, state.edges[edge].lower
+            )
+            edge += 1
+        tournament[capacity + slot] = _ticket(slot, region.key)
     for place in range(capacity - 1, 0, -1):
         tournament[place] = _winner(state, tournament[2 * place], tournament[2 * place + 1])
     return math.sqrt(largest)
@@ -412,11 +441,12 @@ def _cheapest(state: _State) -> int:
 
 
 @_step
-def _join_neighbours(state: _State, a: int, b: int, joined: np.record, distance: float) -> None:
-    """Gives `a` the edges of `a` and `b`, with new bounds of their costs; `joined` was the edge between the two."""
+def _join_neighbours(state: _State, a: int, b: int, joined: np.record) -> None:
+    """Gives `a` the edges of `b`; `joined` was the edge between the two.
+
+    The costs of neighbours of both follow from those before. All other neighbours stay marked with their edge.
+    """
     edges, following, regions = state.edges, state.following, state.regions
-    size_a, size_b = regions[a].size, regions[b].size
-    union = size_a + size_b
     joined.owner = -1
     _mark_neighbours(state, a)
     entry = regions[b].first
@@ -426,22 +456,14 @@ def _join_neighbours(state: _State, a: int, b: int, joined: np.record, distance:
         if edge.owner >= 0:
             other = regions[edge.ends ^ b]
             if other.mark >= 0:
-                _combine_costs(edges[other.mark], edge, joined, size_a, size_b, other.size)
+                _combine_costs(edges[other.mark], edge, joined, regions[a].size, regions[b].size, other.size)
                 edge.owner = other.mark = -1
             else:
-                _bound_cost(edge, size_b, distance * size_a / union, other.size, union)
+                other.mark = entry >> 1
                 edge.ends ^= a ^ b
                 _append(state, a, entry)
+                _prefetch_row(state.centres, edge.ends ^ a)
         entry = next_entry
-    entry = regions[a].first
-    while entry >= 0:
-        edge = edges[entry >> 1]
-        other = regions[edge.ends ^ a]
-        if other.mark >= 0:
-            _bound_cost(edge, size_a, distance * size_b / union, other.size, union)
-            other.mark = -1
-        edge.owner = a
-        entry = following[entry]
 
 
 @_step
@@ -453,9 +475,25 @@ def _mark_neighbours(state: _State, slot: int) -> None:
         next_entry = state.following[entry]
         edge = state.edges[entry >> 1]
         if edge.owner >= 0:
-            state.regions[edge.ends ^ slot].mark = entry >> 1
+            other = edge.ends ^ slot
+            state.regions[other].mark = entry >> 1
             _append(state, slot, entry)
+            _prefetch_row(state.centres, other)
         entry = next_entry
+
+
+@_step
+def _evaluate_neighbours(state: _State, slot: int) -> None:
+    """Gives a union its edges for its own, and those to marked neighbours their costs."""
+    entry = state.regions[slot].first
+    while entry >= 0:
+        edge = state.edges[entry >> 1]
+        edge.owner = slot
+        other = state.regions[edge.ends ^ slot]
+        if other.mark >= 0:
+            other.mark = -1
+            _round_cost(state, edge)
+        entry = state.following[entry]
 
 
 @_step
@@ -481,8 +519,11 @@ def _merge_all(state: _State, radius: float, children: np.ndarray, costs: np.nda
         children[step, 0], children[step, 1] = regions[b].node, regions[a].node  # the owner `a` is the newer one
         costs[step] = (edge.lower + edge.upper) / 2
         distance = math.sqrt(edge.upper / _weight(regions[a].size, regions[b].size))
-        _join_neighbours(state, a, b, edge, distance)
+        _prefetch_row(state.centres, a)
+        _prefetch_row(state.centres, b)
+        _play(state, b, np.inf)
+        _join_neighbours(state, a, b, edge)
         _join_patches(state, a, b, distance, radius)
         regions[a].node = costs.size + 1 + step
-        _play(state, b, np.inf)
+        _evaluate_neighbours(state, a)
         _play(state, a, _choose_best(state, a))
