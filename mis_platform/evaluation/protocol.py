@@ -19,6 +19,7 @@ from mis_platform.errors import DataError
 from mis_platform.evaluation.click_model import ClickModel
 from mis_platform.evaluation.clicks import iou, next_click
 from mis_platform.evaluation.session import Network, Session, advance, probability, upload
+from mis_platform.model.transfer import download
 from mis_platform.simulation.clicks import Click
 from mis_platform.threads import in_threads
 
@@ -231,10 +232,12 @@ def _click_once(network: Network, active: list[_Object], config: EvalConfig, zoo
     seen = [(each.target, each.prediction, each.session.clicks) for each in active]
     clicks: list[Click] = in_threads(next_click, *zip(*seen, strict=True))
     sessions = advance(network, [each.session for each in active], clicks, config, zoom_size)
-    masks = [(probability(session) > config.threshold).cpu().numpy() for session in sessions]
+    coming = [download(probability(session) > config.threshold) for session in sessions]
+    masks = [arrived() for arrived in coming]
+    ious = in_threads(iou, [each.target for each in active], masks)
     return [
-        replace(each, session=session, prediction=mask, ious=(*each.ious, iou(each.target, mask)))
-        for each, session, mask in zip(active, sessions, masks)
+        replace(each, session=session, prediction=mask, ious=(*each.ious, score))
+        for each, session, mask, score in zip(active, sessions, masks, ious)
     ]
 
 
