@@ -35,6 +35,7 @@ ALIGNMENT = 64  # bytes: a cache line, so that no vector load crosses one
 KEY_BITS = np.uint64(0xFFFFFFFF00000000)  # of a ticket: the upper half of a cost; the lower half holds the slot
 NO_TICKET = np.uint64(1 << 63)  # or larger: of a slot without an edge, above the bits of any cost
 ROWS_AHEAD = 4  # of the features, fetched while the first costs are computed
+ROWS_APART = 64  # 256 bytes at least: what is read right behind a row being written keeps a loop from being vectorised
 LINES_AHEAD = 24  # of a row: 384 channels. A loop up to its end costs half of the gain; what is beyond does no harm
 
 _EDGE = np.dtype(
@@ -68,7 +69,7 @@ class _State(NamedTuple):
     """What the merging works on; N patches, E pairs of neighbours."""
 
     features: np.ndarray  # float32 [N, C], never changed
-    centres: np.ndarray  # float32 [N, C], one per slot
+    centres: np.ndarray  # float32 [N + ROWS_APART, C], one per slot; the last one stands for what is outside the grid
     edges: np.ndarray  # _EDGE [E]
     following: np.ndarray  # int32 [2E], next entry of the same list, -1 at the end
     regions: np.ndarray  # _REGION [N]
@@ -95,8 +96,7 @@ def merge(features: np.ndarray, grid: tuple[int, int] | None = None) -> MergeTre
     """
     features, grid = _checked(features, grid)
     state = _new_state(features, 2 * len(features) - grid[0] - grid[1])
-    _lay_grid(state, *grid)
-    radius = _evaluate_patches(state)
+    radius = _lay_grid(state, *grid)
     if not radius < LARGEST_NORM:
         raise ValueError(f"features must be finite, with norms below {LARGEST_NORM:g}; some are NaN or larger")
     children, costs = np.empty((len(features) - 1, 2), np.int32), np.empty(len(features) - 1, np.float32)
@@ -124,14 +124,15 @@ def _checked(features: np.ndarray, grid: tuple[int, int] | None) -> tuple[np.nda
 
 
 def _new_state(features: np.ndarray, num_edges: int) -> _State:
+    """Memory alone; `_lay_grid` fills it."""
     count, dimensions = features.shape
     capacity = 1 << (count - 1).bit_length()
     return _State(
         features=features,
-        centres=_aligned_empty(count, dimensions),
-        edges=np.zeros(num_edges, _EDGE),
-        following=np.full(2 * num_edges, -1, np.int32),
-        regions=np.zeros(count, _REGION),
+        centres=_aligned_empty(count + ROWS_APART, dimensions),
+        edges=np.empty(num_edges, _EDGE),
+        following=np.empty(2 * num_edges, np.int32),
+        regions=np.empty(count, _REGION),
         tournament=np.empty(2 * capacity, np.uint64),
         exact=np.empty((2, dimensions)),
         exact_node=np.full(2, -1, np.int32),
@@ -152,25 +153,6 @@ def _aligned_empty(rows: int, columns: int) -> np.ndarray:
         buffer = _memory.buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + size].view(np.float32).reshape(rows, columns)
-
-
-@_kernel
-def _lay_grid(state: _State, height: int, width: int) -> None:
-    """One region per patch and one edge per pair of 4-neighbours, owned by the later patch."""
-    edges, regions = state.edges, state.regions
-    edge = 0
-    for slot in range(height * width):
-        region = regions[slot]
-        region.size = 1
-        region.node = region.last_patch = slot
-        region.first = region.last = region.next_patch = region.mark = region.best = -1
-        for other, inside in ((slot - 1, slot % width > 0), (slot - width, slot >= width)):
-            if inside:
-                edges[edge].ends = slot ^ other
-                edges[edge].owner = slot
-                _append(state, slot, 2 * edge)
-                _append(state, other, 2 * edge + 1)
-                edge += 1
 
 
 @_step
@@ -213,14 +195,18 @@ def _prefetch_row(rows: np.ndarray, row: int) -> None:
 
 
 @_vector_loop
-def _copy_row(source: np.ndarray, target: np.ndarray, row: int) -> float:
-    """Copies a row; returns its squared norm, NaN or infinite if any value is."""
-    total = np.float32(0)
+def _copy_row(source: np.ndarray, target: np.ndarray, row: int, left: int, above: int) -> tuple[float, float, float]:
+    """Copies a row. Returns its squared norm, NaN or infinite if any value is, and squared distances to two rows."""
+    norm = to_left = to_above = np.float32(0)
     for k in range(source.shape[1]):
         value = source[row, k]
-        target[row, k] = value
-        total += value * value
-    return np.float64(total)
+        target[row, k] = value  # before all reads: earlier rows may then be read in whole vectors
+        norm += value * value
+        difference = value - target[left, k]
+        to_left += difference * difference
+        difference = value - target[above, k]
+        to_above += difference * difference
+    return np.float64(norm), np.float64(to_left), np.float64(to_above)
 
 
 @_vector_loop
@@ -247,16 +233,21 @@ def _weight(size_a: float, size_b: float) -> float:
 
 @_step
 def _round_cost(state: _State, edge: np.record) -> None:
-    """Equation 4 in float32. The sum is off by one rounding per term of a lane, the centres by their own errors."""
+    """Equation 4 in float32. The sum is off by its roundings, the centres by their own errors."""
     slot_a, slot_b = edge.owner, edge.ends ^ edge.owner
     a, b = state.regions[slot_a], state.regions[slot_b]
     squared = _squared_distance(state.centres, slot_a, slot_b)
-    terms = state.centres.shape[1] / LANES + LANES + 2
     error = a.error + b.error
-    doubt = ROUNDOFF * terms * squared + error * (2 * math.sqrt(squared) + error)
+    doubt = _sum_error(state) * squared + error * (2 * math.sqrt(squared) + error)
     weight = _weight(a.size, b.size)
     edge.lower = weight * max(squared - doubt, 0.0)
     edge.upper = weight * (squared + doubt)
+
+
+@_step
+def _sum_error(state: _State) -> float:
+    """Bound on the relative error of a float32 sum over channels: one rounding per term of a lane."""
+    return ROUNDOFF * (state.centres.shape[1] / LANES + LANES + 2)
 
 
 @_step
@@ -395,35 +386,52 @@ def _runner_up(tournament: np.ndarray) -> float:
 
 
 @_kernel
-def _evaluate_patches(state: _State) -> float:
-    """Centres of single patches, costs of all pairs of them, and the first tournament.
+def _lay_grid(state: _State, height: int, width: int) -> float:
+    """One region per patch, one edge per pair of 4-neighbours, owned by the later patch, and the first tournament.
 
     Returns the largest norm of a feature, NaN or infinite if any value is.
     """
-    tournament = state.tournament
+    tournament, count, outside = state.tournament, height * width, len(state.centres) - 1
     capacity = tournament.size // 2
-    for slot in range(capacity):
-        tournament[capacity + slot] = _ticket(slot, np.inf)
-    largest, edge, count = 0.0, 0, state.features.shape[0]
+    largest, edge = 0.0, 0
     for slot in range(count):
+        left = slot - 1 if slot % width > 0 else outside
+        above = slot - width if slot >= width else outside
         _prefetch_row(state.features, min(slot + ROWS_AHEAD, count - 1))
-        norm = _copy_row(state.features, state.centres, slot)
+        # What is outside holds anything, and is not looked at: a loop for all three costs less than choices.
+        norm, to_left, to_above = _copy_row(state.features, state.centres, slot, left, above)
         if not norm <= largest:  # also true for NaN
             largest = norm
         if not np.isfinite(largest):
             return largest
         region = state.regions[slot]
-        region.best, region.key, region.second = -1, np.inf, np.inf
-        while edge < state.edges.size and state.edges[edge].owner == slot:
-            _round_cost(state, state.edges[edge])
-            region.best, region.key, region.second = _better(
-                state, slot, region.best, region.key, region.second, edge, state.edges[edge].lower
-            )
-            edge += 1
-        tournament[capacity + slot] = _ticket(slot, region.key)
+        region.size, region.error = 1, 0
+        region.node = region.last_patch = slot
+        region.first = region.last = region.next_patch = region.mark = -1
+        best, key, second = -1, np.inf, np.inf
+        for other, squared in ((left, to_left), (above, to_above)):
+            if other != outside:
+                _lay_edge(state, edge, slot, other, squared)
+                best, key, second = _better(state, slot, best, key, second, edge, state.edges[edge].lower)
+                edge += 1
+        region.best, region.key, region.second = best, key, second
+        tournament[capacity + slot] = _ticket(slot, key)
+    for slot in range(count, capacity):
+        tournament[capacity + slot] = _ticket(slot, np.inf)
     for place in range(capacity - 1, 0, -1):
         tournament[place] = _winner(state, tournament[2 * place], tournament[2 * place + 1])
     return math.sqrt(largest)
+
+
+@_step
+def _lay_edge(state: _State, number: int, slot: int, other: int, squared: float) -> None:
+    """An edge between two patches: the cost of Equation 4 with sizes of one and exact centres."""
+    edge = state.edges[number]
+    edge.ends, edge.owner = slot ^ other, slot
+    doubt = _sum_error(state) * squared
+    edge.lower, edge.upper = 0.5 * (squared - doubt), 0.5 * (squared + doubt)
+    _append(state, slot, 2 * number)
+    _append(state, other, 2 * number + 1)
 
 
 @_step
