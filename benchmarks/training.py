@@ -2,7 +2,7 @@
 
     python benchmarks/training.py                                        # xT on the synthetic photos, on the CPU
     python benchmarks/training.py --dataset folder:PHOTOS --size 448
-    python benchmarks/training.py --variant vit_b --batch 32 --precision bf16 --images-at-once 32      # on a GPU
+    python benchmarks/training.py --variant vit_b --batch 32 --precision bf16 --images-at-once 16      # on a GPU
 
 Both sides train the same model on the same examples with the same arithmetic, so in fp32 their losses agree; what
 differs is who makes the examples, and the stage's --precision. Rounds alternate between the two, because other load
