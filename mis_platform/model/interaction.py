@@ -8,35 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mis_platform.model.transfer import to_numpy
 from mis_platform.threads import in_threads
 
 THRESHOLD = 0.49  # of probabilities, RITM's; the evaluation protocol has its own
 MISSED, FALSE = 1, 2  # kinds of errors: pixels of the object, and others
 
 
-def append_iterative_clicks(
-    points_B2M3: Tensor,
-    probabilities_B1HW: Tensor,
-    targets_B1HW: Tensor,
-    index: int,
-    rngs: Sequence[np.random.Generator],
-) -> Tensor:
-    """A copy of `points` with the `index`-th iterative click (1, 2, ...) of every image.
+def append_clicks(points_B2M3: Tensor, clicks: Sequence["ErrorClick | None"], index: int) -> Tensor:
+    """A copy of `points` with the `index`-th iterative click (1, 2, ...) of every image; does not wait for a GPU.
 
     points: M positive then M negative rows (row, column, order) in pixels. The click goes into row M - index or
     2M - index (from 0) with order `index`: it overwrites a sampled click that reached that far, as in RITM. An image
-    without error keeps its rows. probabilities in [0, 1]; targets above 0.5 are object, all else is not.
-    rngs: one generator per image, so a click does not depend on which images share the batch.
+    without a click (without error) keeps its rows.
     """
-    assert len(rngs) == len(points_B2M3), f"{len(points_B2M3)} images need as many generators, got {len(rngs)}"
-    return append_clicks(
-        points_B2M3, error_clicks(to_numpy(find_errors(probabilities_B1HW, targets_B1HW)), rngs), index
-    )
-
-
-def append_clicks(points_B2M3: Tensor, clicks: Sequence["ErrorClick | None"], index: int) -> Tensor:
-    """As `append_iterative_clicks`, for clicks that are known. Does not wait for a GPU."""
+    assert len(clicks) == len(points_B2M3), f"{len(points_B2M3)} images need as many clicks, got {len(clicks)}"
     limit = points_B2M3.shape[1] // 2
     assert 1 <= index <= limit, f"index {index} is outside 1..{limit}"
     found = [(image, click) for image, click in enumerate(clicks) if click is not None]
@@ -50,7 +35,10 @@ def append_clicks(points_B2M3: Tensor, clicks: Sequence["ErrorClick | None"], in
 
 
 def find_errors(probabilities_B1HW: Tensor, targets_B1HW: Tensor) -> Tensor:
-    """uint8 [B, H, W]: MISSED, FALSE, or 0 where the prediction is right."""
+    """uint8 [B, H, W]: MISSED, FALSE, or 0 where the prediction is right.
+
+    probabilities in [0, 1]; targets above 0.5 are object, all else is not.
+    """
     probabilities, objects = probabilities_B1HW.detach()[:, 0].float(), targets_B1HW[:, 0] > 0.5
     missed, false = objects & (probabilities < THRESHOLD), ~objects & (probabilities > THRESHOLD)
     return MISSED * missed.byte() + FALSE * false.byte()
@@ -65,7 +53,11 @@ class ErrorClick(NamedTuple):
 
 
 def error_clicks(errors_BHW: np.ndarray, rngs: Sequence[np.random.Generator]) -> list[ErrorClick | None]:
-    """`error_click` for each image, on all CPUs."""
+    """`error_click` for each image, on all CPUs.
+
+    rngs: one generator per image, so a click does not depend on which images share the batch.
+    """
+    assert len(rngs) == len(errors_BHW), f"{len(errors_BHW)} images need as many generators, got {len(rngs)}"
     return in_threads(error_click, errors_BHW, rngs)
 
 

@@ -607,7 +607,8 @@ def cut_into_chunks(
 
     Where photos share passes, a chunk has photos of one size, in whole passes; only what is left of each size is mixed.
     """
-    size, are_alone = resources.chunk_images, features.batch_size == 1 or features.extractor == WITHOUT_WEIGHTS
+    size = resources.chunk_images
+    are_alone = features.batch_size == 1 or features.extractor == WITHOUT_WEIGHTS
     if are_alone or size == 1 or resources.untrusted:  # a header would be as slow to read as a photo
         return _slices(photos, size)
     groups: dict[tuple[int, int], list[Photo]] = {}
@@ -629,9 +630,10 @@ def _slices(photos: Sequence[Photo], size: int) -> list[Sequence[Photo]]:
 
 def _grids(photos: Sequence[Photo], data: DataConfig, patch: int) -> list[tuple[int, int]]:
     """(rows, columns) of patches by the header of each photo; (0, 0) for one that has none, or ends its process."""
-    tasks = [_read_grids.remote(part, data, patch) for part in _slices(photos, HEADERS_PER_TASK)]
+    parts = _slices(photos, HEADERS_PER_TASK)
+    tasks = [_read_grids.remote(part, data, patch) for part in parts]
     found: list[tuple[int, int]] = []
-    for task, part in zip(tasks, _slices(photos, HEADERS_PER_TASK), strict=True):
+    for task, part in zip(tasks, parts, strict=True):
         try:
             grids: list[tuple[int, int]] = ray.get(task)
         except DEATHS:  # which of them it is will be found out

@@ -126,8 +126,13 @@ def _pretrained_model(run: Run, pretraining: Storage) -> SimpleClick:
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Adam:
     """Adam over the parameters that take part, without weight decay (SimpleClick). On a GPU one kernel does it all."""
-    used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    used = used_parameters(model)
     return torch.optim.Adam(used, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=used[0].is_cuda)
+
+
+def used_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that take part: see `simpleclick.UNUSED`."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 # -- the step --------------------------------------------------------------------------------------------------------
@@ -289,7 +294,7 @@ class Learner:
 
     @property
     def _used(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return used_parameters(self.model)
 
     @property
     def _is_replayed(self) -> bool:

@@ -200,7 +200,8 @@ def broken(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_row_that_is_broken_below_is_valid() -> None:
-    tree_from_row(broken())
+    tree = tree_from_row(broken())
+    assert (tree.grid, tree.children.shape) == ((2, 3), (5, 2))
 
 
 INVALID_TREES = {

@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage, stats
 from torch import Tensor
 
-from mis_platform.model.interaction import _depth, append_iterative_clicks, error_click, find_errors
+from mis_platform.model.interaction import _depth, append_clicks, error_click, error_clicks, find_errors
 
 SLOTS = 24
 
@@ -104,6 +104,13 @@ def test_thresholds_are_strict() -> None:
     assert (above[2], below[2]) == (False, True)
 
 
+def with_clicks(
+    points: torch.Tensor, probability: torch.Tensor, target: torch.Tensor, index: int, rngs: list[np.random.Generator]
+) -> torch.Tensor:
+    """As a training does it."""
+    return append_clicks(points, error_clicks(find_errors(probability, target).numpy(), rngs), index)
+
+
 @pytest.mark.parametrize("index", [1, 2, 3])
 def test_the_last_rows_are_overwritten(index: int) -> None:
     object_mask = rectangle((32, 32), slice(4, 28), slice(4, 28))
@@ -111,7 +118,7 @@ def test_the_last_rows_are_overwritten(index: int) -> None:
     probabilities = np.stack([np.zeros((32, 32)), object_mask * 1.0, object_mask * 1.0])  # missed, false, perfect
     points, probability, target = batch_of(objects, probabilities)
     before = points.clone()
-    updated = append_iterative_clicks(points, probability, target, index, [rng_of(6, i) for i in range(3)])
+    updated = with_clicks(points, probability, target, index, [rng_of(6, i) for i in range(3)])
     assert torch.equal(points, before)  # a copy is returned
     changed = (updated != before).any(dim=2).nonzero().tolist()
     assert changed == [[0, SLOTS - index], [1, 2 * SLOTS - index]]
@@ -125,16 +132,16 @@ def test_clicks_do_not_depend_on_the_batch() -> None:
     rng = rng_of(7)
     objects = np.stack([ndimage.gaussian_filter(rng.normal(size=(48, 64)), 4) > 0 for _ in range(4)])
     points, probability, target = batch_of(objects, rng.random((4, 48, 64)))
-    whole = append_iterative_clicks(points, probability, target, 1, [rng_of(8, i) for i in range(4)])
+    whole = with_clicks(points, probability, target, 1, [rng_of(8, i) for i in range(4)])
     for i in range(4):
         part = slice(i, i + 1)
-        alone = append_iterative_clicks(points[part], probability[part], target[part], 1, [rng_of(8, i)])
+        alone = with_clicks(points[part], probability[part], target[part], 1, [rng_of(8, i)])
         assert torch.equal(alone, whole[part])
 
 
 def test_half_precision_probabilities() -> None:
     object_mask = rectangle((32, 32), slice(4, 28), slice(4, 28))
     points, probability, target = batch_of(object_mask[None], np.zeros((1, 32, 32)))
-    full = append_iterative_clicks(points, probability, target, 1, [rng_of(9)])
-    half = append_iterative_clicks(points, probability.bfloat16(), target, 1, [rng_of(9)])
+    full = with_clicks(points, probability, target, 1, [rng_of(9)])
+    half = with_clicks(points, probability.bfloat16(), target, 1, [rng_of(9)])
     assert torch.equal(full, half)
