@@ -719,7 +719,7 @@ def _settings(assignments: list[str] | None, untrusted: bool = False, **named: A
     from mis_platform.config import Resources, Run, override, split_resources
 
     deciding, wide = split_resources(assignments or [])
-    wide += ["untrusted=true"] if untrusted else []
+    wide += ["resources.untrusted=true"] if untrusted else []
     deciding += [f"{name}={value}" for name, value in named.items() if value is not None]
     return override(Run(), deciding), override(Resources(), wide)
 

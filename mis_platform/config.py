@@ -43,6 +43,7 @@ class Settings(BaseModel):
 
     # Settings younger than the first artifacts: at their default they are no part of an identity, so addresses stay.
     younger: ClassVar[frozenset[str]] = frozenset()
+    prefix: ClassVar[str] = ""  # of every name, as people type it
 
 
 class DataConfig(Settings):
@@ -327,6 +328,8 @@ class Run(Settings):
 class Resources(Settings):
     """Where and how wide things run. Deliberately not part of Run."""
 
+    prefix: ClassVar[str] = "resources."
+
     num_workers: int = Field(1, ge=1)  # training processes
     use_gpu: bool | None = None  # None: if the cluster has one
     # Images per forward of training, which never changes the effective batch; None: 16 on a GPU (8 or 4, if its memory
@@ -369,21 +372,22 @@ def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
 def override(settings: Any, assignments: Iterable[str]) -> Any:
     """`settings` with each `dotted.name=value` applied; values are JSON or plain text, "none" is null.
 
-    Raises ValueError that names the nearest right setting, or the allowed values.
+    Names of Resources begin with `resources.`. Raises ValueError that names the nearest right setting, or the allowed
+    values.
     """
     values: dict[str, Any] = {}
     for name, value in map(_parse_assignment, assignments):
-        if name not in (known := flatten(settings)):
+        if name not in (known := flatten(settings, settings.prefix)):
             raise ValueError(f"--set {name}: unknown setting {name!r}{nearest(name, known)}")
-        values[name] = value
+        values[name.removeprefix(settings.prefix)] = value
     return with_values(settings, values)
 
 
 def split_resources(assignments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(assignments of a Run, assignments of Resources without their prefix `resources.`)."""
+    """(assignments of a Run, assignments of Resources)."""
     given = list(assignments)
-    wide = [text.removeprefix("resources.") for text in given if text.startswith("resources.")]
-    return [text for text in given if not text.startswith("resources.")], wide
+    wide = [text for text in given if text.startswith(Resources.prefix)]
+    return [text for text in given if not text.startswith(Resources.prefix)], wide
 
 
 def with_values(settings: Any, values: Mapping[str, Any]) -> Any:
@@ -405,7 +409,7 @@ def build(kind: type[Any], tree: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(fault) for fault in error.errors())) from None
+        raise ValueError("; ".join(_explain(fault, kind.prefix) for fault in error.errors())) from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -432,12 +436,12 @@ def _parse_assignment(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {name.strip()}: the value is nested too deeply") from None
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, prefix: str) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" or not where:
         return message
-    return f"{where}={fault['input']!r}: {message}"
+    return f"{prefix}{where}={fault['input']!r}: {message}"
 
 
 # -- identity --------------------------------------------------------------------------------------------------------

@@ -45,7 +45,12 @@ SETTINGS = [
 # of 4 needed twice as many on one machine and had not left it after 2 000 on another.
 # Two processes of one core each are half as fast again as one with two threads: the model's matrices are too small.
 # They would need two GPUs; without any, the story is the same on every machine.
-RESOURCES = ["num_workers=2", "use_gpu=false", "log_every=5", "checkpoint_every=100"]
+RESOURCES = [
+    "resources.num_workers=2",
+    "resources.use_gpu=false",
+    "resources.log_every=5",
+    "resources.checkpoint_every=100",
+]
 
 
 def settings(assignments: list[str]) -> tuple[Run, Resources]:
