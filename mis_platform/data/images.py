@@ -20,6 +20,7 @@ How pixels become 8-bit RGB:
 The orientation that EXIF (or XMP, as Pillow reads it) states is applied once; metadata that cannot be read is ignored.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -87,6 +88,7 @@ class Reason(StrEnum):
     TOO_SMALL = "TOO_SMALL"
     PIXELS_NOT_SUPPORTED = "PIXELS_NOT_SUPPORTED"
     UNREADABLE = "UNREADABLE"  # permissions, broken link, changed while it was read
+    GONE = "GONE"  # where it was listed there is nothing, or nothing on this machine
     NOT_A_FILE = "NOT_A_FILE"  # pipe, socket, device, folder
     OUTSIDE_FOLDER = "OUTSIDE_FOLDER"  # a link that leaves the folder
     DECODER_DIED = "DECODER_DIED"  # these three: in a child process with limits, see `sandbox`
@@ -216,6 +218,8 @@ def _opened(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str]]:
 
 
 def _why_unopened(path: Path, error: OSError | ValueError) -> tuple[Reason, str]:
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ESTALE):
+        return Reason.GONE, os.strerror(error.errno)
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):

@@ -22,6 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mis_platform.access import check_ray_address
 from mis_platform.config import Resources
+from mis_platform.data.benchmarks import Dataset
+from mis_platform.errors import DataError
 from mis_platform.storage import TEMPORARY, Storage
 
 NODE_SECONDS = 60.0  # for every node to look for a file: its first process has to start
@@ -33,11 +35,11 @@ _raylet: Any = None  # process of the Ray that this process started
 
 
 @contextlib.contextmanager
-def cluster(root: Storage | None = None) -> Iterator[None]:
+def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start one in this process and stop it at the end.
 
     root: where its workers will read and write; ValueError if it is a local path that not all nodes see, see
-    `check_shared`.
+    `check_shared`. dataset: what they will read; DataError if not all nodes see it, see `check_seen`.
 
     A Ray that is already initialised (a notebook, a test session, an enclosing stage) is used as it is. A started one
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
@@ -47,8 +49,7 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
     """
     global _raylet
     if ray.is_initialized():
-        if root is not None:
-            check_shared(root)
+        _check_nodes(root, dataset)
         yield
         return
     # Torch's threads otherwise spin while they wait for each other, on cores that loading tasks need.
@@ -69,8 +70,7 @@ def cluster(root: Storage | None = None) -> Iterator[None]:
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
     _raylet = None if address else _own_raylet()
     try:
-        if root is not None:
-            check_shared(root)
+        _check_nodes(root, dataset)
         yield
     finally:
         _raylet = None
@@ -86,6 +86,28 @@ def _own_raylet() -> Any:
     import psutil  # comes inside Ray
 
     return next((child for child in psutil.Process().children() if child.name() == "raylet"), None)
+
+
+def _check_nodes(root: Storage | None, dataset: Dataset | None) -> None:
+    if root is not None:
+        check_shared(root)
+    if dataset is not None:
+        check_seen(dataset)
+
+
+def check_seen(dataset: Dataset) -> None:
+    """Refuse photos that not all nodes of a cluster see: a node without them would refuse every one that it is given.
+
+    Its first photo is looked for on each node. Raises DataError that names the nodes without it.
+    """
+    if len(nodes()) < 2 or not dataset.samples:
+        return
+    photo = (dataset.root / dataset.samples[0].image).absolute()
+    if blind := nodes_without(photo):
+        raise DataError(
+            f"{dataset.name}: {photo} is not there on {', '.join(blind)}; copy the photos to every node, or mount them "
+            "there under the same path"
+        )
 
 
 def check_shared(root: Storage) -> None:

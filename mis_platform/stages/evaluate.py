@@ -84,7 +84,7 @@ def evaluate_model(
     the lease of `out`. Raises DataError for a photo or mask that cannot be used and when there is nothing to score,
     ValueError for a model that cannot be loaded.
     """
-    with cluster.cluster(out):
+    with cluster.cluster(out, dataset):
         gpus = cluster.usable_gpus(resources)
         batch = resources.eval_batch if gpus else 1
         job = Clicking(_absolute(dataset), model_dir, config, zoom_size, batch, "cuda" if gpus else "cpu")
@@ -104,7 +104,7 @@ def evaluate_method(
     """
     build_click_model(method, classical)  # a typing error is noticed here
     job = Answering(_absolute(dataset), method, classical, config)
-    with cluster.cluster(out):
+    with cluster.cluster(out, dataset):
         found = _score(job, CHUNK_IMAGES, resources, 0, out)
     protocol = {"fingerprint": click_model_fingerprint(config), "family": method, **robot_settings(config)}
     return _clicks_output(dataset, found, protocol)
@@ -129,7 +129,7 @@ def evaluate_proposals(
     nowhere. Raises DataError as above.
     """
     job = Overlapping(_absolute(dataset), proposals, are_trees)
-    with cluster.cluster(out):
+    with cluster.cluster(out, dataset):
         found = _score(job, CHUNK_IMAGES, resources, 0, out)
     overlaps = _column(out, found, "best_iou")
     if not overlaps.size:

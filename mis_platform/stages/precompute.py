@@ -173,7 +173,7 @@ def precompute(
     if missing:
         photos = ((sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in missing)
         resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
-        with cluster.cluster(out):
+        with cluster.cluster(out, dataset):
             progress = Progress(product.name, len(dataset), "images", start=done)
             made, failed = compute_all(photos, features, data, resources, out, progress, product)
         parts, refused = parts + made, refused + failed
@@ -475,6 +475,11 @@ def check_cause(new: Sequence[Refused], barren: Sequence[Refused]) -> None:
             raise DataError(
                 f"not enough memory for {each.path} in {each.stage}; lower data.max_megapixels, features.batch_size or "
                 "resources.extractors (processes)"
+            )
+        if each.reason == Reason.GONE:
+            raise DataError(
+                f"{each.path} is not there any more, or not on every node of the cluster; photos must stay as they are "
+                "until all are done"
             )
     suspicious = [each for each in barren if each.reason in NOT_THE_PHOTO]
     if len(suspicious) >= FAILURES_IN_A_ROW:

@@ -139,7 +139,7 @@ def train(
     relay = Relay(out, on_metrics)
     relay.catch_up()
     if not done or done[-1] < schedule.total_steps:
-        with cluster.cluster(out):
+        with cluster.cluster(out, dataset):
             _train_on_cluster(stream, schedule, resources, out, relay, pretraining)
         relay.catch_up()
     return _publish(out, schedule)

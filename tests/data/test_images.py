@@ -135,7 +135,7 @@ def test_empty_text_and_directory(tmp_path: Path) -> None:
     assert refusal(tmp_path / "text.jpg").reason is Reason.NOT_AN_IMAGE
     assert refusal(tmp_path / "zeros.png").reason is Reason.NOT_AN_IMAGE
     assert refusal(tmp_path).reason is Reason.NOT_A_FILE
-    assert refusal(tmp_path / "missing.jpg").reason is Reason.UNREADABLE
+    assert refusal(tmp_path / "missing.jpg").reason is Reason.GONE
     assert refusal("nul\0byte.jpg").reason is Reason.UNREADABLE
 
 

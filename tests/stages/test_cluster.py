@@ -1,4 +1,4 @@
-"""Starting, joining and tidying Ray; a local root on a cluster of several nodes only where every node sees it."""
+"""Starting, joining and tidying Ray; local files on a cluster of several nodes only where every node sees them."""
 
 import contextlib
 import math
@@ -9,6 +9,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
@@ -21,21 +23,23 @@ from mis_platform.errors import DataError
 from mis_platform.stages import cluster, evaluate, precompute, train
 from mis_platform.storage import Storage
 
-# The second node is a process tree of its own. "hidden" puts an empty disk over the root, for that node alone.
+# The second node is a process tree of its own. An empty disk over what is `hidden` is there for that node alone.
 STORY = """
     import os, subprocess, sys, time
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
     from ray.cluster_utils import Cluster
+    from mis_platform.data.benchmarks import open_dataset
     from mis_platform.stages.cluster import cluster
     from mis_platform.storage import Storage
 
-    root, kind = sys.argv[1:]
+    root, photos, hidden = sys.argv[1:]
     os.makedirs(root, exist_ok=True)
+    dataset = open_dataset(f"folder:{photos}", None, "train")
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     os.environ["RAY_ADDRESS"] = head.address
-    join = f"exec ray start --address={head.address} --num-cpus=1 --block"
-    hide = f"mount -t tmpfs none {root} && " if kind == "hidden" else ""
+    join = f"exec {sys.executable} -m ray.scripts.scripts start --address={head.address} --num-cpus=1 --block"
+    hide = f"mount -t tmpfs none {hidden} && " if hidden else ""
     node = subprocess.Popen(["unshare", "-m", "sh", "-c", hide + join], stdout=subprocess.DEVNULL)
     try:
         ray.init(address=head.address, logging_level="ERROR", log_to_driver=False)
@@ -43,8 +47,10 @@ STORY = """
             if len([each for each in ray.nodes() if each["Alive"]]) == 2:
                 break
             time.sleep(0.1)
+        else:
+            raise TimeoutError("the second node did not join")
         try:
-            with cluster(Storage(root)):
+            with cluster(Storage(root), dataset):
                 print("passed", os.listdir(root))
         except ValueError as error:
             print("refused", error)
@@ -60,21 +66,31 @@ STORY = """
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", ["same", "hidden"])
-def test_a_root_that_a_node_cannot_see_is_refused(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("hidden", ["", "root", "photos"])
+def test_what_a_node_cannot_see_is_refused(tmp_path: Path, photo_folder: Path, hidden: str) -> None:
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("a second view of the disk needs root and mount namespaces")
-    root = tmp_path / "root"
-    command = [sys.executable, "-c", textwrap.dedent(STORY), str(root), kind]
+    places = {"root": tmp_path / "root", "photos": photo_folder, "": ""}
+    command = [sys.executable, "-c", textwrap.dedent(STORY), *map(str, (places["root"], photo_folder, places[hidden]))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     first, last = done.stdout.strip().splitlines()[-2:]
     assert last == "object stores need no look", done.stderr
-    if kind == "same":
-        assert first == "passed []"
-    else:
-        assert first.startswith(f"refused {root} is not the same directory on all 2 nodes of the cluster"), done.stderr
-        assert "use --root s3://bucket/prefix" in first
-    assert list(root.iterdir()) == []
+    told = {
+        "": "passed []",
+        "root": f"refused {places['root']} is not the same directory on all 2 nodes of the cluster: ",
+        "photos": f"refused folder: {photo_folder / 'a.png'} is not there on ",
+    }
+    assert first.startswith(told[hidden]), done.stderr
+    assert ("use --root s3://bucket/prefix" in first) == (hidden == "root")
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+@pytest.fixture
+def photo_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), np.full((40, 40, 3), 128, np.uint8))
+    return folder
 
 
 @pytest.mark.parametrize(

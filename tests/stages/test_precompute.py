@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -209,6 +210,11 @@ def test_failures_in_a_row_stop_a_run() -> None:
     with pytest.raises(StorageError, match="32 photos in a row failed"):
         tally_of([[refusal("UNREADABLE")] * 16] * 2)
     tally_of([[refusal("INTERNAL")] * 31])
+
+
+def test_a_photo_that_is_not_there_stops_a_run() -> None:
+    with pytest.raises(DataError, match=r"/photos/id\.jpg is not there any more, or not on every node"):
+        tally_of([[None, refusal("GONE")]])
 
 
 def test_too_little_memory_stops_a_run() -> None:
@@ -510,6 +516,16 @@ def test_a_storage_that_cannot_be_written_stops_the_run(photos: Dataset, ray_clu
     storage, progress = Storage(str(tmp_path / "full")), Progress("trees", 24, "images")
     with pytest.raises(StorageError, match=r"cannot write trees-.*\.parquet in .*full"):
         precompute.compute_all(listed, FEATURES, DataConfig(), Resources(), storage, progress)
+
+
+@pytest.mark.ray
+def test_a_photo_that_goes_away_is_not_lost_silently(photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
+    shutil.copytree(photos.root, tmp_path / "photos")
+    moved = dataclasses.replace(photos, root=tmp_path / "photos")
+    moved.image_path("photo_007").unlink()
+    with pytest.raises(DataError, match=r"photo_007\.\w+ is not there any more, or not on every node"):
+        precompute.precompute(moved, FEATURES, DataConfig(), Resources(), Storage(str(tmp_path / "out")))
+    assert not (tmp_path / "out" / precompute.QUARANTINE_FILE).exists()
 
 
 @pytest.mark.ray
