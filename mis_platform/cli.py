@@ -211,10 +211,10 @@ def evaluate(
     else:
         directory = saved_models.find_model(_root(root), model)
         typer.echo(f"model: {directory}", err=True)
-        run, name = _as_imported(run, directory, assignments)
+        run = _as_imported(run, directory, assignments)
         if dry_run:
             return _print_plan([pipeline.clicks_stage(b, run, resources, directory) for b in benchmarks], root)
-        scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root), name=name)
+        scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root))
     typer.echo(report.published_table(scores))
     typer.echo(f"\n{report.summary_table(scores)}")
     return None
@@ -724,19 +724,14 @@ def _settings(assignments: list[str] | None, untrusted: bool = False, **named: A
     return override(Run(), deciding), override(Resources(), wide)
 
 
-def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None) -> "tuple[Run, str | None]":
-    """For a model that was imported: the click protocol of its family, where --set says nothing else, and its name."""
-    from mis_platform.model.weights import eval_config, family_of
+def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None) -> "Run":
+    """For a model that was imported: under the click protocol of its family, where --set says nothing else."""
+    from mis_platform.model.weights import eval_config
     from mis_platform.saved_models import describe
 
-    config = describe(directory)
     names = [text.partition("=")[0].strip() for text in assignments or []]
     given = [name.removeprefix("eval.") for name in names if name.startswith("eval.")]
-    own = eval_config(config, run.eval, given)
-    if not isinstance(source := config.get("source"), dict):
-        return run.model_copy(update={"eval": own}), None
-    words = [family_of(config), config["variant"], config.get("refine"), source.get("file")]
-    return run.model_copy(update={"eval": own}), " ".join(word for word in words if word)
+    return run.model_copy(update={"eval": eval_config(describe(directory), run.eval, given)})
 
 
 def _without_missing(benchmark: "Dataset") -> "Dataset":

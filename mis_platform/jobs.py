@@ -6,8 +6,8 @@ pictures. The same model and protocol always find the same MLflow run again.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from mis_platform.config import Resources, Run, build, fingerprint, flatten, pla
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.predictor import Predictor
+from mis_platform.model.weights import family_of
 from mis_platform.saved_models import describe
 from mis_platform.simulation.clicks import Click
 from mis_platform.stages.cluster import cluster
@@ -75,17 +76,18 @@ def evaluate(
 ) -> list[report.Score]:
     """Scores of a saved model on each benchmark, in MLflow too: `grabcut/noc85`, `grabcut/iou` by clicks, pictures.
 
-    run: only its `eval` settings are used; the others are those that the model was trained with. pictures: objects
-    drawn for each benchmark. parent: as in `train`.
+    run: only its `eval` settings are used; the others are those that the model was trained with, as far as it says.
+    name: of the row and the MLflow run, default `model_title`. pictures: objects drawn for each benchmark. parent: as
+    in `train`.
     """
-    trained = trained_with(model, run)
-    name = name or title(trained)
+    name, settings = name or model_title(model), settings_of(model, run)
     stages = [pipeline.clicks_stage(each, run, resources, model) for each in _labelled(benchmarks)]
 
     def replay(benchmark: Dataset) -> Replay:
         return replay_of(model, benchmark, run)
 
-    with record(root, experiment, name, model_fingerprint(model), trained, resources, parent) as tracker:
+    answering = model_fingerprint(model)
+    with record(root, experiment, name, answering, run, resources, parent, settings=settings) as tracker:
         tracker.set_model(model)
         return _score(tracker, benchmarks, stages, root, name, replay, pictures)
 
@@ -170,14 +172,43 @@ def _target_title(run: Run) -> str:
     return f"alpha {run.sampling.alpha:g}" if run.sampling.strategy == "top_down" else "uniform"
 
 
-def trained_with(model: Storage, run: Run) -> Run:
-    """The settings that a saved model was trained with, under the click protocol of `run`."""
-    if not isinstance(trained := describe(model).get("run"), dict):
-        return run
+def model_title(model: Storage) -> str:
+    """What a saved model is called: `title` of its training if that is known, else its family, variant and origin."""
+    described = describe(model)
+    if (trained := _training_of(described)) is not None:
+        return title(trained)
+    origin = _source_file(described) or model.uri.rstrip("/").rpartition("/")[2].partition("?")[0]
+    words = [family_of(described), described["variant"], described.get("refine"), origin]
+    return " ".join(word for word in words if word)
+
+
+def settings_of(model: Storage, run: Run) -> dict[str, Any]:
+    """Dotted name -> value: what is known to have decided a saved model, and the click protocol of `run`.
+
+    Of a model that was not trained here that is its network and the file it came from; nothing is made up.
+    """
+    described, protocol = describe(model), flatten(run.eval, "eval.")
+    if (trained := _training_of(described)) is not None:
+        return flatten(trained) | protocol
+    known = {name: described.get(name) for name in ("variant", "image_size", "refine")}
+    known |= {"family": family_of(described), "source": _source_file(described)}
+    return {f"model.{name}": value for name, value in known.items() if value is not None} | protocol
+
+
+def _training_of(described: Mapping[str, Any]) -> Run | None:
+    """The settings that the model with this config.json was trained with, if it says so."""
+    if not isinstance(run := described.get("run"), dict) or not run:
+        return None
     try:
-        return build(Run, {**trained, "eval": plain(run.eval)})
+        return cast(Run, build(Run, {name: part for name, part in run.items() if name != "eval"}))
     except ValueError:  # written by another version: its settings cannot be told
-        return run
+        return None
+
+
+def _source_file(described: Mapping[str, Any]) -> str | None:
+    """Name of the checkpoint that a model was imported from."""
+    source = described.get("source")
+    return str(source["file"]) if isinstance(source, dict) and source.get("file") else None
 
 
 def model_fingerprint(model: Storage) -> str:
@@ -196,17 +227,19 @@ def record(
     resources: Resources,
     parent: str | None = None,
     wait: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> tracking.Tracker:
     """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`.
 
-    wait: for a slow store, as in `tracking.open_run`.
+    wait: for a slow store, as in `tracking.open_run`. settings: as of `settings_of`, where they are not
+    those of `run`.
     """
     return tracking.open_run(
         root,
         experiment=experiment,
         name=name,
         fingerprint=fingerprint({"model": model, "eval": plain(run.eval)}),
-        params=flatten(run) | flatten(resources, "resources."),
+        params=dict(flatten(run) if settings is None else settings) | flatten(resources, "resources."),
         parent=parent,
         wait=wait,
     )

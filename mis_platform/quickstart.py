@@ -56,7 +56,7 @@ RESOURCES = [
 def settings(assignments: list[str]) -> tuple[Run, Resources]:
     """The quickstart's Run and Resources, with the command line's changes on top."""
     deciding, wide = split_resources(assignments)
-    run = override(Run(), SETTINGS + deciding)
+    run = override(override(Run(), SETTINGS), deciding)
     check_simpleclick(run.eval)
     return run, override(Resources(), RESOURCES + wide)
 
@@ -151,8 +151,8 @@ def _draw(
     replay = jobs.replay_of(model, benchmark, run)
     for k, figure in enumerate(jobs.draw_objects(benchmark, replay, clicks, DRAWN)):
         drawn[f"clicks-{k}.png"] = figure
-    trained = jobs.trained_with(model, run)
-    with jobs.record(root, EXPERIMENT, "trained", jobs.model_fingerprint(model), trained, resources) as tracker:
+    answering, settings = jobs.model_fingerprint(model), jobs.settings_of(model, run)
+    with jobs.record(root, EXPERIMENT, "trained", answering, run, resources, settings=settings) as tracker:
         for name, figure in drawn.items():
             (folder / name).write_bytes(figures.to_png(figure))
             tracker.log_figure(figure, f"figures/story/{name}")

@@ -491,11 +491,10 @@ def test_evaluation_takes_the_settings_of_the_model(hrnet: State, tmp_path: Path
     import_checkpoint(path, tmp_path / "m", refine="fbrs")
     run = Run(eval=EvalConfig(threshold=0.3, max_clicks=5))
     assignments = ["eval.threshold=0.3", "eval.max_clicks=5", "train.epochs=2"]
-    found, name = cli._as_imported(run, Storage(str(tmp_path / "m")), assignments)
+    found = cli._as_imported(run, Storage(str(tmp_path / "m")), assignments)
     assert (found.eval.threshold, found.eval.max_clicks, found.eval.zoom_size) == (0.3, 5, 400)
     assert found.eval.davis_zoom_size == 600
-    assert name == "ritm hrnet18s fbrs h18s.pth"
     config = tmp_path / "m" / "config.json"
     trained = {"variant": "vit_xt", "image_size": 448, "run": {}}
     config.write_text(json.dumps(trained))
-    assert cli._as_imported(run, Storage(str(tmp_path / "m")), assignments) == (run, None)
+    assert cli._as_imported(run, Storage(str(tmp_path / "m")), assignments) == run
