@@ -8,15 +8,19 @@ parameter, the column of a sweep.
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 TRAINED = "model"  # the trained click model
 CLASSICAL_METHODS = ("graphcut", "random_walk", "geodesic", "gsc", "esc")  # of Table 1, they need no training
+# Decimals that people type and JSON does not know: .9, 10., +0.5
+_DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 _OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 WINDOW = 224  # pixels: side of an attention window of SimpleClick, hence of its smallest input
@@ -37,13 +41,37 @@ NETWORK_EXTRACTORS = (
 
 
 class Settings(BaseModel):
-    """Frozen settings: an unknown name, NaN or an infinity is refused."""
+    """Frozen settings: an unknown name, NaN or an infinity is refused, and a value of another kind than is wanted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
     # Settings younger than the first artifacts: at their default they are no part of an identity, so addresses stay.
     younger: ClassVar[frozenset[str]] = frozenset()
     prefix: ClassVar[str] = ""  # of every name, as people type it
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1, 1 for true and "10", in quotes, for 10: typing errors that go unseen."""
+        assert info.field_name is not None
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        is_number = bool(kinds & {int, float})
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if is_number and isinstance(item, bool | str):
+                raise PydanticKnownError("float_type" if float in kinds else "int_type")
+            if bool in kinds and isinstance(item, int | float) and not isinstance(item, bool):
+                raise PydanticKnownError("bool_type")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of the values that an annotation allows, at any depth."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return set(map(type, parts))
+    if get_origin(annotation) is Annotated:
+        parts = parts[:1]
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
 
 
 class DataConfig(Settings):
@@ -193,16 +221,16 @@ class AugmentConfig(Settings):
     """Augmentation of photo and mask (SimpleClick's SBD settings)."""
 
     scale_min: float = Field(0.75, gt=0)
-    scale_max: float = Field(1.25, gt=0)
+    scale_max: float = Field(1.25, gt=0, le=10)
     flip_probability: Probability = 0.5
     rotate90_probability: Probability = 0.5
     shift_rotate_probability: Probability = 0.75
     shift_limit: float = Field(0.03, ge=0, le=1)  # share of the image side
     rotate_limit: float = Field(3.0, ge=0, le=180)  # degrees
     brightness_contrast_probability: Probability = 0.75
-    brightness_limit: float = Field(0.25, ge=0)
-    contrast_min: float = Field(-0.15, ge=-1)
-    contrast_max: float = 0.40
+    brightness_limit: float = Field(0.25, ge=0, le=1)  # share of 255 that is added or taken
+    contrast_min: float = Field(-0.15, ge=-1)  # levels are multiplied by 1 + contrast
+    contrast_max: float = Field(0.40, le=10)
     rgb_shift_probability: Probability = 0.75
     rgb_shift_limit: float = Field(10.0, ge=0, le=255)  # levels of 255
     min_object_area: int = Field(80, ge=1)  # pixels after augmentation
@@ -240,7 +268,9 @@ class TrainConfig(Settings):
 
     epochs: int = Field(55, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
-    decay_epochs: tuple[int, ...] = (50,)  # the rate is multiplied by decay_factor after each
+    # The rate is multiplied by decay_factor after each. One that lies at or beyond `epochs` has no effect: that is what
+    # becomes of the paper's in a shorter training (`override` refuses it of those who set it).
+    decay_epochs: tuple[Annotated[int, Field(ge=1)], ...] = (50,)
     decay_factor: float = Field(0.1, gt=0, le=1)
     batch_size: int = Field(32, ge=1)  # images per step over all workers
     loss: Literal["bce", "normalized_focal"] = "bce"  # Equation 6 | supervised SimpleClick
@@ -249,6 +279,12 @@ class TrainConfig(Settings):
     precision: Precision = "fp32"
     seed: int = Field(0, ge=0)
     max_steps: int | None = Field(None, ge=1)  # stop early; the schedule stays that of `epochs`
+
+    @model_validator(mode="after")
+    def _decays_rise(self) -> "TrainConfig":
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.decay_epochs)):
+            raise ValueError(f"train.decay_epochs must rise, they are {list(self.decay_epochs)}")
+        return self
 
 
 class EvalConfig(Settings):
@@ -270,6 +306,12 @@ class EvalConfig(Settings):
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
     younger: ClassVar[frozenset[str]] = frozenset({"precision"})
+
+    @model_validator(mode="after")
+    def _clicks_are_ordered(self) -> "EvalConfig":
+        if self.min_clicks > self.max_clicks:
+            raise ValueError(f"eval.min_clicks={self.min_clicks} must not exceed eval.max_clicks={self.max_clicks}")
+        return self
 
 
 def check_simpleclick(protocol: EvalConfig) -> None:
@@ -373,14 +415,25 @@ def override(settings: Any, assignments: Iterable[str]) -> Any:
     """`settings` with each `dotted.name=value` applied; values are JSON or plain text, "none" is null.
 
     Names of Resources begin with `resources.`. Raises ValueError that names the nearest right setting, or the allowed
-    values.
+    values; also for train.decay_epochs beyond train.epochs, unless those were made fewer or more before.
     """
     values: dict[str, Any] = {}
     for name, value in map(_parse_assignment, assignments):
         if name not in (known := flatten(settings, settings.prefix)):
             raise ValueError(f"--set {name}: unknown setting {name!r}{nearest(name, known)}")
         values[name.removeprefix(settings.prefix)] = value
-    return with_values(settings, values)
+    changed = with_values(settings, values)
+    if "train.decay_epochs" in values and ("train.epochs" in values or settings.train.epochs == TrainConfig().epochs):
+        _check_decays(changed.train)
+    return changed
+
+
+def _check_decays(train: TrainConfig) -> None:
+    """ValueError for decays that never come; one at the last epoch (supervised SimpleClick's) is let through."""
+    if max(train.decay_epochs, default=0) > train.epochs:
+        raise ValueError(
+            f"train.decay_epochs={list(train.decay_epochs)}: they must not exceed train.epochs, which is {train.epochs}"
+        )
 
 
 def split_resources(assignments: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -431,6 +484,8 @@ def _parse_assignment(text: str) -> tuple[str, Any]:
         return name.strip(), json.loads(value)
     except json.JSONDecodeError:
         text = value.strip()
+        if _DECIMAL.fullmatch(text):
+            return name.strip(), float(text)
         return name.strip(), None if text == "none" else text  # as `mis show` prints it
     except RecursionError:
         raise ValueError(f"--set {name.strip()}: the value is nested too deeply") from None

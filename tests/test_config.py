@@ -38,10 +38,29 @@ def test_defaults_are_the_paper():
         ("sampling.alpha=1", "sampling.alpha must lie in [0, 1)"),
         ("sampling.alpha=1.5", "sampling.alpha must lie in [0, 1)"),
         ("sampling.min_area=0.6", "sampling.min_area must lie in [0, 0.5]"),
-        ("eval.threshold=nan", "finite"),
+        ("eval.threshold=nan", "eval.threshold='nan': Input should be a valid number"),
+        ("eval.threshold=NaN", "finite"),
         ("train.learning_rate=1e400", "finite"),
         ("train.epochs=many", "valid integer"),
         ("train.epochs=0", "greater than or equal to 1"),
+        ("train.epochs=true", "train.epochs=True: Input should be a valid integer"),
+        ("train.max_steps=false", "train.max_steps=False: Input should be a valid integer"),
+        ('train.smooth_weight="10"', "train.smooth_weight='10': Input should be a valid number"),
+        ('sources.freemask.scales=[1,"0.5"]', "scales=[1, '0.5']: Input should be a valid number"),
+        ("sampling.alpha=true", "sampling.alpha=True: Input should be a valid number"),
+        ("eval.zoom_skip_clicks=true", "eval.zoom_skip_clicks=True: Input should be a valid integer"),
+        ("eval.flip=1", "eval.flip=1: Input should be a valid boolean"),
+        ("augment.color_augmentation=0.0", "augment.color_augmentation=0.0: Input should be a valid boolean"),
+        ("train.decay_epochs=[-3]", "train.decay_epochs.0=-3: Input should be greater than or equal to 1"),
+        ("train.decay_epochs=[0]", "train.decay_epochs.0=0: Input should be greater than or equal to 1"),
+        ("train.decay_epochs=[true]", "train.decay_epochs=[True]: Input should be a valid integer"),
+        ("train.decay_epochs=[40,20]", "train.decay_epochs must rise, they are [40, 20]"),
+        ("train.decay_epochs=[20,20]", "train.decay_epochs must rise, they are [20, 20]"),
+        ("train.decay_epochs=[80]", "train.decay_epochs=[80]: they must not exceed train.epochs, which is 55"),
+        ("eval.min_clicks=30", "eval.min_clicks=30 must not exceed eval.max_clicks=20"),
+        ("augment.contrast_max=1e9", "less than or equal to 10"),
+        ("augment.brightness_limit=1e9", "less than or equal to 1"),
+        ("augment.scale_max=1e6", "less than or equal to 10"),
         ("model.variant=vit_g", "'vit_b', 'vit_l', 'vit_h' or 'vit_xt'"),
         ("model.image_size=300", "multiple of 224"),
         ("eval.zoom_size=0", "eval.zoom_size=0: Input should be greater than or equal to 1"),
@@ -106,6 +125,40 @@ def test_none_is_what_mis_show_prints_for_nothing():
         assert override(Run(), ["train.max_steps=5", f"train.max_steps={text}"]) == Run()
     with pytest.raises(ValueError, match=r"train\.epochs=None: Input should be a valid integer"):
         override(Run(), ["train.epochs=none"])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["train.epochs=8", "train.decay_epochs=[10]"], "must not exceed train.epochs, which is 8"),
+        (["train.decay_epochs=[10]", "train.epochs=8"], "must not exceed train.epochs, which is 8"),
+        (["train.epochs=8"], None),  # the paper's decay at 50 never comes
+        (["train.decay_epochs=[50,55]"], None),  # supervised SimpleClick's: the last has no effect
+        (["train.decay_epochs=[]"], None),
+        (["train.epochs=100", "train.decay_epochs=[80]"], None),
+    ],
+)
+def test_decays_that_never_come_are_refused_of_those_who_set_them(assignments, expected):
+    if expected is None:
+        override(Run(), assignments)
+    else:
+        with pytest.raises(ValueError, match=expected):
+            override(Run(), assignments)
+
+
+def test_a_schedule_that_was_chosen_can_be_shortened_alone():
+    chosen = override(Run(), ["train.epochs=24", "train.decay_epochs=[20]"])
+    assert override(chosen, ["train.epochs=3"]).train.decay_epochs == (20,)
+
+
+@pytest.mark.parametrize(("text", "value"), [(".5", 0.5), ("10.", 10.0), ("+1.5", 1.5), ("1.e1", 10.0), ("3", 3.0)])
+def test_decimals_as_people_type_them(text, value):
+    assert override(Run(), [f"train.smooth_weight={text}"]).train.smooth_weight == value
+
+
+def test_words_for_yes_and_no():
+    assert not override(Run(), ["eval.flip=False"]).eval.flip  # as `mis show` prints it
+    assert override(Run(), ["eval.flip=False", "eval.flip=yes"]).eval.flip
 
 
 def test_labels_take_a_fraction():

@@ -37,3 +37,4 @@ def test_it_trains_on_two_cores_whatever_gpus_there_are(gpus: int, monkeypatch: 
 def test_the_command_line_has_the_last_word() -> None:
     run, resources = quickstart.settings(["resources.use_gpu=true", "resources.num_workers=1", "sampling.alpha=0.8"])
     assert (resources.use_gpu, resources.num_workers, run.sampling.alpha) == (True, 1, 0.8)
+    assert quickstart.settings(["train.epochs=5"])[0].train.epochs == 5, "a shorter training needs no other decays"
