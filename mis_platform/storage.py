@@ -102,6 +102,8 @@ class Storage:
             raise ValueError(
                 f"--root {self}: {scrub(str(error))}; use a local path, s3://bucket/prefix or gs://..."
             ) from None
+        except OSError as error:  # of the AWS SDK, which asks where a bucket is
+            raise StorageError(f"cannot reach {self}: {reason_of(error)}") from error
 
     @property
     def local(self) -> Path | None:

@@ -67,7 +67,8 @@ class Predictor:
         path_or_run: a directory with model.safetensors and config.json, here or in an object store; the first digits of
         the fingerprint of a training under MIS_ROOT (default ./artifacts), or "latest"; the id of an MLflow run, or the
         first digits of its fingerprint, in the store of that root or at MLFLOW_TRACKING_URI. zoom_size: pixels, default
-        the size of its training. Raises ValueError if there is no such model.
+        the size of its training. Raises ValueError if there is no such model, StorageError (an OSError) if its store
+        cannot be reached.
         """
         root = Storage(os.environ.get("MIS_ROOT") or "artifacts")
         with find_model(root, str(path_or_run)).on_disk((CONFIG_FILE, WEIGHTS_FILE)) as directory:

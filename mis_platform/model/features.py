@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mis_platform.config import FeaturesConfig, plain
+from mis_platform.errors import DataError
 from mis_platform.model import hub
 
 WITHOUT_WEIGHTS = "color_texture"
@@ -191,7 +192,8 @@ def weights_file(config: FeaturesConfig) -> Path:
     Of a folder, the file that is called as the extractor (.safetensors or .pth) or as its authors call it: extractors
     that are compared have one setting in common.
 
-    Downloads timm's file if it is missing. Raises ValueError, within seconds, that says how to get the weights.
+    Downloads timm's file if it is missing. Raises, within seconds, DataError for a features.weights that is not there
+    and ValueError for weights that the hub cannot give; both say how to get them.
     """
     backbone = BACKBONES[config.extractor]
     if config.weights is not None:
@@ -200,7 +202,7 @@ def weights_file(config: FeaturesConfig) -> Path:
         found = [file for file in ((path / name for name in names) if path.is_dir() else [path]) if file.is_file()]
         if not found:
             where = f"{path} (or {', '.join(names)} in it)" if path.is_dir() else path
-            raise ValueError(f"features.weights: there is no file at {where}. {_how_to_get(backbone)}")
+            raise DataError(f"features.weights: there is no file at {where}. {_how_to_get(backbone)}")
         return found[0]
     try:
         return hub.fetch(backbone.repository, _HUB_FILE)

@@ -6,9 +6,11 @@ tensors but no code (the official checkpoints of click models, which carry more,
 refusal is a ValueError that names the file and the first offending key.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ MAE_ORIGINALS = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{b
 MAE_LEFT_OUT = frozenset({"norm.weight", "norm.bias"})  # SimpleClick has no final norm
 NOT_IN_MAE = ("fc_norm.", "head.")  # of the backbone; unused in SimpleClick
 _SCAN_BYTES = 2**24  # of a pickle: far more than the structure of any checkpoint
+_SCAN_TEXT = 256  # bytes: no file of weights does without a control character in that many
 
 # family -> names of its variants; a configuration without a family is older than the second one
 FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": ("hrnet18s", "hrnet18", "hrnet32", "hrnet18_baseline")}
@@ -325,10 +328,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        _refuse_text(path)
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _read_pickle(path: Path) -> Any:
+    """Never torch's own words about a refused file: they advise to load it without care."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost anything; nothing of it has been executed
@@ -337,11 +342,25 @@ def _read_pickle(path: Path) -> Any:
                 f"{path} looks like an official checkpoint of a click model: it pickles Python objects beside the "
                 "weights, which could run code when loaded. Import it with `mis import`, which runs none of it"
             ) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is damaged, or holds Python objects that are not weights and could run code when loaded; "
-            f"it was refused ({type(error).__name__}: {reason})"
-        ) from None
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds more than tensors and plain values ({named[1]}), which could run code when loaded; "
+                "it was refused, and nothing in it was run"
+            ) from None
+        _refuse_text(path)
+        reason = "" if "weights_only" in str(error) else str(error).partition(". ")[0]
+        about = f" ({' '.join(reason.split())})" if reason else ""
+        raise ValueError(f"{path} is damaged, or no file of weights; nothing in it was run{about}") from None
+
+
+def _refuse_text(path: Path) -> None:
+    """ValueError for a web page, which is what a failed download leaves, and other text, e.g. a pointer of Git LFS."""
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:  # that it is unreadable is said by who asks
+        start = file.read(_SCAN_TEXT)
+    if start and all(byte >= 32 or byte in b"\t\n\f\r" for byte in start):
+        words = " ".join(start.decode("utf8", "replace").split())
+        raise ValueError(f"{path} is a web page or text, no file of weights; it begins with {words[:60]!r}")
 
 
 def _names_click_model(path: Path) -> bool:
