@@ -36,6 +36,15 @@ class Split(enum.StrEnum):
     val = "val"
 
 
+class Source(enum.StrEnum):
+    """Unsupervised proposals that can be scored: what target.source allows, but for labels."""
+
+    tree = "tree"
+    tokencut = "tokencut"
+    dsm = "dsm"
+    freemask = "freemask"
+
+
 class Commands(TyperGroup):
     """A group that says where a word belongs which is none of its commands."""
 
@@ -172,8 +181,7 @@ def evaluate(
     ] = None,
     proposals: Annotated[bool, typer.Option("--proposals", help="Score proposals instead of a model.")] = False,
     source: Annotated[
-        list[str] | None,
-        typer.Option("--source", help="With --proposals: tree, tokencut, dsm or freemask; repeat to compare."),
+        list[Source] | None, typer.Option("--source", help="With --proposals: which ones; repeat to compare.")
     ] = None,
     root: RootOption = "artifacts",
     data_root: DataRootOption = None,
@@ -192,11 +200,12 @@ def evaluate(
     run, resources = _settings(assignments, untrusted, method=method)
     from mis_platform import jobs, pipeline
 
-    specs = dataset or run.eval_datasets
+    specs, asking = dataset or run.eval_datasets, ("eval", "eval_datasets", "method")
     benchmarks = [pipeline.benchmark(spec, data_root, resources.untrusted) for spec in specs]
     if allow_missing:
         benchmarks = [_without_missing(benchmark) for benchmark in benchmarks]
     if proposals:
+        _note_without_effect(run, assignments, ("data", "features", "sources", "target"), "proposals need no training")
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
         if dry_run:
             return _print_plan([pipeline.overlap_stage(b, each, resources) for b in benchmarks for each in runs], root)
@@ -205,6 +214,7 @@ def evaluate(
     from mis_platform import report, saved_models
 
     if run.method != TRAINED:
+        _note_without_effect(run, assignments, ("classical", *asking), f"{run.method} needs no training")
         if dry_run:
             return _print_plan([pipeline.method_clicks_stage(each, run, resources) for each in benchmarks], root)
         scores = jobs.evaluate_method(benchmarks, run, resources, _writable(root))
@@ -212,6 +222,8 @@ def evaluate(
         directory = saved_models.find_model(_root(root), model)
         typer.echo(f"model: {directory}", err=True)
         run = _as_imported(run, directory, assignments)
+        known = jobs.settings_of(directory, run)
+        _note_without_effect(run, assignments, asking, "the model is trained already", known)
         if dry_run:
             return _print_plan([pipeline.clicks_stage(b, run, resources, directory) for b in benchmarks], root)
         scores = jobs.evaluate(benchmarks, directory, run, resources, _writable(root))
@@ -732,6 +744,22 @@ def _as_imported(run: "Run", directory: "Storage", assignments: list[str] | None
     names = [text.partition("=")[0].strip() for text in assignments or []]
     given = [name.removeprefix("eval.") for name in names if name.startswith("eval.")]
     return run.model_copy(update={"eval": eval_config(describe(directory), run.eval, given)})
+
+
+def _note_without_effect(
+    run: "Run", assignments: list[str] | None, used: tuple[str, ...], why: str, known: dict[str, Any] | None = None
+) -> None:
+    """Name the settings on the command line that this evaluation does not look at, but for what is so anyway.
+
+    used: groups and names that it does look at; known: what decided the model, by dotted name.
+    """
+    from mis_platform.config import flatten, split_resources
+
+    asked, deciding = flatten(run), split_resources(assignments or [])[0]
+    names = dict.fromkeys(text.partition("=")[0].strip() for text in deciding)
+    others = [name for name in names if name.partition(".")[0] not in used]
+    if idle := [name for name in others if name not in (known or {}) or asked[name] != (known or {})[name]]:
+        typer.echo(f"note: no effect here, for {why}: {', '.join(idle)}", err=True)
 
 
 def _without_missing(benchmark: "Dataset") -> "Dataset":

@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from PIL import Image
 from processes import running
 
 from mis_platform import __version__, cli
+from mis_platform.config import Run, TargetConfig, override, plain
+from mis_platform.model.simpleclick import SimpleClick
+from mis_platform.model.weights import save_model
 
 
 @pytest.fixture
@@ -50,6 +54,13 @@ def photos(tmp_path: Path) -> Path:
         (["precompute", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
         (["data", "verify", "--dataset", "folder:/nowhere"], 3, "/nowhere"),
         (["eval", "--dataset", "grabcut:/nowhere"], 3, "/nowhere"),
+        (
+            ["eval", "--proposals", "--source", "bogus"],
+            2,
+            "'bogus' is not one of 'tree',",
+        ),
+        (["eval", "--proposals", "--source", "labels"], 2, "'labels' is not one of 'tree'"),
+        (["eval", "--source", "tree"], 2, "it needs --proposals"),
         (["verify", "--root", "/nowhere"], 3, "there are no artifacts in /nowhere"),
         (["run", "sweep", "ablation_alpha", "--set", "eval.zoom_size=400"], 2, "multiples of 224 pixels"),
         (["quickstart", "--set", "eval.davis_zoom_size=300"], 2, "multiples of 224 pixels"),
@@ -191,13 +202,21 @@ def test_an_artifact_of_other_settings_is_exit_code_5_and_stays(photos, capsys, 
     assert (address / MANIFEST).read_bytes() == before
 
 
-def test_missing_weights_name_the_way_out(photos, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["features.weights={}"], "features.weights: there is no file at {}. Download"),
+        (
+            ["model.init_weights={}", "features.extractor=color_texture"],
+            "cannot read model.init_weights={}: No such file",
+        ),
+    ],
+)
+def test_weights_at_a_mistyped_path_are_missing_data(settings, expected, photos, capsys, tmp_path):
     weights = tmp_path / "none.pth"
-    code = mis(
-        "precompute", "--dataset", f"folder:{photos}", "--set", f"features.weights={weights}", "--root", str(tmp_path)
-    )
-    assert code in {2, 3}
-    assert "color_texture" in capsys.readouterr().err
+    words = [word for text in settings for word in ("--set", text.format(weights))]
+    assert mis("train", "--dataset", f"folder:{photos}", "--root", str(tmp_path / "root"), *words) == 3
+    assert expected.format(weights) in capsys.readouterr().err
 
 
 def test_eval_without_a_model_says_how_to_get_one(photos, capsys, tmp_path):
@@ -273,6 +292,37 @@ def test_images_without_masks_are_left_out_on_request_only(half_labelled, capsys
     (half_labelled / "masks" / "a.png").rename(half_labelled / "masks" / "z.png")
     assert mis(*arguments, "--allow-missing") == 3
     assert "none of the 3 images" in capsys.readouterr().err
+
+
+def test_settings_without_effect_are_named(half_labelled, capsys, tmp_path):
+    """In one line; those that the model was trained with are no news."""
+    (half_labelled / "images" / "b.png").unlink()
+    (half_labelled / "images" / "c.png").unlink()
+    made = override(Run(), ["model.variant=vit_xt", "model.init=random", "sampling.alpha=0.8"])
+    save_model(tmp_path / "trained", SimpleClick("vit_xt", 224), {"run": plain(made)})
+    save_model(tmp_path / "other", SimpleClick("vit_xt", 224), {})
+    words = ["--set", "sampling.alpha=0.8", "--set", "train.seed=3", "--set", "eval.flip=false"]
+    words += ["--set", "resources.eval_batch=2", "--set", "features.extractor=color_texture"]
+
+    def notes(*more: str) -> list[str]:
+        arguments = ["eval", "--dataset", f"folder:{half_labelled}", "--root", str(tmp_path / "root"), "--dry-run"]
+        assert mis(*arguments, *words, *more) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+
+    trained = "note: no effect here, for the model is trained already: "
+    assert notes("--model", str(tmp_path / "trained")) == [f"{trained}train.seed, features.extractor"]
+    assert notes("--model", str(tmp_path / "other")) == [f"{trained}sampling.alpha, train.seed, features.extractor"]
+    untrained = "note: no effect here, for geodesic needs no training: sampling.alpha, train.seed, features.extractor"
+    assert notes("--method", "geodesic", "--set", "classical.gamma=1") == [untrained]
+    proposals = "note: no effect here, for proposals need no training: sampling.alpha, train.seed, eval.flip"
+    assert notes("--proposals", "--source", "tree", "--set", "data.min_side=9") == [proposals]
+    words.clear()
+    assert notes("--model", str(tmp_path / "trained")) == []
+
+
+def test_every_unsupervised_source_can_be_scored():
+    allowed = get_args(TargetConfig.model_fields["source"].annotation)
+    assert {*allowed} == {*cli.Source, "labels"}
 
 
 def test_an_archive_is_unpacked_and_verified(photos, capsys, tmp_path):
