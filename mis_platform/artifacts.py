@@ -61,6 +61,7 @@ class Stage:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits over `identity`: the name of its directory."""
         return fingerprint(self.identity())
 
     def identity(self) -> dict[str, Any]:
@@ -73,9 +74,11 @@ class Stage:
         }
 
     def directory(self, root: Storage) -> Storage:
+        """Where its output lies below `root`, finished or not: NAME/FINGERPRINT."""
         return root.child(self.name, self.fingerprint)
 
     def is_done(self, root: Storage) -> bool:
+        """Whether the manifest, which is written last, is there. Raises StorageError for a root that cannot be read."""
         return self.directory(root).exists(MANIFEST)
 
 

@@ -49,6 +49,7 @@ class Commands(TyperGroup):
     """A group that says where a word belongs which is none of its commands."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click's own; a word of another group ends in a usage error (exit code 2) that says where it belongs."""
         if args and args[0] not in self.commands and (place := _place_of(args[0])):
             ctx.fail(f"No such command {args[0]!r}; did you mean: {place}?")
         return super().resolve_command(ctx, args)

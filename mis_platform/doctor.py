@@ -66,6 +66,7 @@ class Finding:
 
     @property
     def exit_code(self) -> int:
+        """0 unless this is a failure."""
         return self.kind if self.state == FAIL else 0
 
     def __str__(self) -> str:

@@ -69,6 +69,7 @@ class LeaseFence:
     mine: Lease
 
     def check(self, name: str) -> None:
+        """Raises StorageError once the lease is gone or another attempt's. name: what is about to be written."""
         now = read_lease(_opened(self.uri))
         if now is None or now.attempt != self.mine.attempt:
             other = "its lease was removed" if now is None else f"{now} has taken over"

@@ -51,6 +51,7 @@ class Progress:
             self._print(self.line(now, note))
 
     def line(self, now: float, note: str = "") -> str:
+        """What is printed at time `now` (seconds, of time.monotonic): done, rate, time left or, at the end, taken."""
         seconds = max(now - self.began, 1e-6)
         rate = (self.done - self.start) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
@@ -60,6 +61,7 @@ class Progress:
         return f"{self.label}: {share}, {pace}" + (f", {note}" if note else "")
 
     def close(self) -> None:
+        """End the line that a terminal shows; elsewhere every line has ended already."""
         if self.stream.isatty():
             print(file=self.stream, flush=True)
 

@@ -147,6 +147,7 @@ class Storage:
                 stream.write(data)
 
     def exists(self, name: str) -> bool:
+        """Whether there is a file or directory of that name. Raises StorageError when the store does not answer."""
         filesystem, path = self._path(name)
         with self._told(f"cannot look for {name} in"):
             return filesystem.get_file_info(path).type != pafs.FileType.NotFound

@@ -72,6 +72,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
+        """Whether it has come to an end, good or bad."""
         return JobStatus(self.state).is_terminal()
 
     @property

@@ -83,6 +83,7 @@ class Sweep:
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """Of the rows, their number of seeds and the data that they read: names the directory of the report."""
         data = sorted({task.fingerprint(self.resources) for task in self.tasks})  # the same words, but other photos
         rows = _plain_rows(self.experiment)
         return fingerprint(
@@ -135,6 +136,7 @@ class Sweep:
 
     @property
     def directory(self) -> Storage:
+        """Where report and figures go, below the root."""
         return self.root.child("sweeps", f"{self.name}-{self.profile}", self.fingerprint)
 
 

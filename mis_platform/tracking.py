@@ -323,6 +323,7 @@ class Tracker:
         self._add({"dataset": [name, digest[:LONGEST_DIGEST], scrub(source), context]})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Name -> text; a tag that is set again has the new text. Secrets are blotted out."""
         self._add({"tags": {name: scrub(str(value)) for name, value in tags.items()}})
 
     def set_model(self, directory: Storage) -> None:

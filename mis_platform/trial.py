@@ -37,13 +37,16 @@ class Task:
 
     @property
     def run(self) -> Run:
+        """The row's settings under this seed."""
         return seeded(self.row.run, self.seed)
 
     @property
     def name(self) -> str:
+        """Of the row, with the seed if that is not 0."""
         return self.row.name if self.seed == 0 else f"{self.row.name} seed {self.seed}"
 
     def pretraining(self, resources: Resources) -> Stage | None:
+        """The training that the row's own starts from, or None."""
         run = self.row.pretraining
         if run is None:
             return None
@@ -51,6 +54,7 @@ class Task:
         return pipeline.checkpoint_stage(self.photos, seeded(run, self.seed), resources, lambda step, metrics: None)
 
     def training(self, resources: Resources, on_metrics: pipeline.OnMetrics = lambda step, metrics: None) -> Stage:
+        """The stage of the row's own training. on_metrics: as in `pipeline.checkpoint_stage`."""
         assert self.photos is not None, f"{self.row.name} is not trained"
         return pipeline.checkpoint_stage(self.photos, self.run, resources, on_metrics, self.pretraining(resources))
 
@@ -67,9 +71,11 @@ class Task:
         return [pipeline.clicks_stage(each, self.run, resources, model) for each in self.benchmarks]
 
     def overlaps(self, resources: Resources) -> list[Stage]:
+        """The stages that score the proposals, one for each benchmark."""
         return [pipeline.overlap_stage(each, self.run, resources) for each in self.benchmarks]
 
     def is_done(self, root: Storage, resources: Resources) -> bool:
+        """Whether every stage that the row is measured by is finished."""
         stages = self.overlaps(resources) if "overlap" in self.measure else []
         if self.is_trained and not self.training(resources).is_done(root):
             return False
@@ -107,9 +113,11 @@ class Bell:
         self._working: set[int] = set()
 
     def ring(self) -> None:
+        """Tell all trials to stop."""
         self._is_rung = True
 
     def is_rung(self) -> bool:
+        """Whether trials shall stop."""
         return self._is_rung
 
     def enter(self, group: int) -> bool:
@@ -119,6 +127,7 @@ class Bell:
         return not self._is_rung
 
     def leave(self, group: int) -> None:
+        """A trial has ended."""
         self._working.discard(group)
 
     def is_quiet(self) -> bool:

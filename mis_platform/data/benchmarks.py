@@ -106,6 +106,7 @@ class Dataset:
 
     @cached_property
     def image_ids(self) -> tuple[str, ...]:
+        """In the order of the samples."""
         return tuple(sample.image_id for sample in self.samples)
 
     @cached_property
@@ -113,6 +114,7 @@ class Dataset:
         return {sample.image_id: sample for sample in self.samples}
 
     def image_path(self, image_id: str) -> Path:
+        """The file of a photo. Raises KeyError for an id that the dataset does not have."""
         return self.root / self._by_id[image_id].image
 
     def read_image(

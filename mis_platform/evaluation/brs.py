@@ -57,6 +57,7 @@ class FeatureRefinement:
 
     @property
     def training(self) -> bool:
+        """Whether the network is in training mode, in which nobody may ask it."""
         return bool(getattr(self.network, "training", False))
 
     @property

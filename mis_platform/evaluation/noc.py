@@ -80,6 +80,7 @@ class Summary:
 
     @property
     def seconds_per_click(self) -> float:
+        """Mean over all clicks of all objects."""
         return self.seconds / self.clicks
 
     def at(self, target: float) -> TargetSummary:

@@ -49,10 +49,12 @@ class Session:
 
     @property
     def height(self) -> int:
+        """Of the photo, in pixels."""
         return self.image.shape[1]
 
     @property
     def width(self) -> int:
+        """Of the photo, in pixels."""
         return self.image.shape[2]
 
 

@@ -28,10 +28,12 @@ class Window(NamedTuple):
 
     @property
     def height(self) -> int:
+        """In pixels; both limits count."""
         return self.row_max - self.row_min + 1
 
     @property
     def width(self) -> int:
+        """In pixels; both limits count."""
         return self.col_max - self.col_min + 1
 
     def holds(self, click: Click) -> bool:

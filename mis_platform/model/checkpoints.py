@@ -116,6 +116,7 @@ class StorageRef:
 
     @property
     def nbytes(self) -> int:
+        """Size in the file, in bytes."""
         return self.numel * self.dtype.itemsize
 
 
@@ -140,6 +141,7 @@ class TensorRef:
             raise _Damaged(f"a tensor of shape {self.shape} in a storage of {self.storage.numel} numbers")
 
     def on_meta(self) -> Tensor:
+        """A contiguous tensor of the same shape and dtype without numbers, to check layouts with."""
         return torch.empty(self.shape, dtype=self.storage.dtype, device="meta")
 
 
@@ -220,7 +222,8 @@ class Source(Protocol):
 
     content: Any
 
-    def read(self, storage: StorageRef) -> bytes: ...
+    def read(self, storage: StorageRef) -> bytes:
+        """All bytes of a storage. Raises Refused or _Damaged where they are not as they should be."""
 
 
 @contextlib.contextmanager
@@ -262,6 +265,7 @@ class ZipSource:
             raise _Damaged("its storages are larger than the file")
 
     def read(self, storage: StorageRef) -> bytes:
+        """As `Source.read`: the entry of that name."""
         content = self._entry(f"data/{storage.key}", storage.nbytes)
         if len(content) != storage.nbytes:
             raise _Damaged(f"storage {_short(storage.key)} has {len(content)} bytes instead of {storage.nbytes}")
@@ -311,6 +315,7 @@ class LegacySource:
         return starts
 
     def read(self, storage: StorageRef) -> bytes:
+        """As `Source.read`: from the place that the keys told."""
         self.file.seek(self.starts[storage.key])
         return self.file.read(storage.nbytes)
 
@@ -438,6 +443,7 @@ class Machine:
         return items
 
     def push(self, value: Any) -> None:
+        """Put a value on the stack."""
         self.stack.append(value)
 
     def extend(self, items: Sequence[Any]) -> None:
@@ -451,6 +457,7 @@ class Machine:
             self.stack[-1].update(_pairs(items))
 
     def remember(self, place: int | None) -> None:
+        """Note the value on top of the stack under a number, the next free one for None."""
         self.memo[len(self.memo) if place is None else place] = self.stack[-1]
 
     def named(self, module: Any, name: Any) -> None:

@@ -97,6 +97,7 @@ class Extractor:
         return new_height // self.patch_size, new_width // self.patch_size
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H', W', 3]: a photo, uint8 [H, W, 3] RGB, at the size that the network takes; see `prepare`."""
         return prepare(image, self.patch_size)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:

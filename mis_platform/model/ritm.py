@@ -95,6 +95,7 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 0.05))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape, times the absolute value of the factor."""
         return x * self.scale.abs()
 
 
@@ -212,6 +213,7 @@ class ContextHead(nn.Module):
         self.conv_bn_dropout = nn.Sequential(*_conv(2 * channels, channels), nn.Dropout2d(0.05))
 
     def forward(self, pixels_BChw: Tensor, region_BC11: Tensor) -> Tensor:
+        """[B, C, h, w], like `pixels`: each pixel joined with the context of its image's region."""
         context = self.object_context_block(region_BC11).expand_as(pixels_BChw)
         out: Tensor = self.conv_bn_dropout(torch.cat([context, pixels_BChw], dim=1))
         return out

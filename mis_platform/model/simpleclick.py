@@ -203,6 +203,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, sizes.dim, kernel_size=sizes.patch, stride=sizes.patch)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
+        """[B, T, D], patches in row-major order. H and W must be multiples of the patch's side."""
         tokens: Tensor = self.proj(x_B3HW).flatten(2).transpose(1, 2)
         return tokens
 
@@ -217,6 +218,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D]: each token mixed with all T of its own row of the batch."""
         qkv = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, T, D/heads]
         attended = F.scaled_dot_product_attention(*qkv.unbind(0))
         mixed: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
@@ -232,6 +234,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D]: each token by itself, four times as wide in between, GELU."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x_BTD)))
         return out
 
@@ -247,6 +250,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D]: attention, then perceptron, each added to its input."""
         x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
@@ -358,6 +362,7 @@ class Neck(nn.Module):
         )
 
     def forward(self, x_BDhw: Tensor) -> list[Tensor]:
+        """Four maps, finest first: [B, neck_dims[k], ...] at 4, 2, 1 and 1/2 times the size h x w."""
         return [self.down_4(x_BDhw), self.down_8(x_BDhw), self.down_16(x_BDhw), self.down_32(x_BDhw)]
 
 
@@ -371,6 +376,7 @@ class ConvReLU(nn.Module):
         nn.init.zeros_(self.conv.get_parameter("bias"))
 
     def forward(self, x_BChw: Tensor) -> Tensor:
+        """[B, outputs, h, w], not negative."""
         return F.relu(self.conv(x_BChw))
 
 

@@ -22,14 +22,17 @@ class MergeTree:
 
     @property
     def num_leaves(self) -> int:
+        """N, the number of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
     def num_nodes(self) -> int:
+        """2N-1, patches and merges."""
         return 2 * self.num_leaves - 1
 
     @property
     def root(self) -> int:
+        """Id of the node that covers the whole image, 2N-2."""
         return self.num_nodes - 1
 
     @cached_property
@@ -52,6 +55,7 @@ class MergeTree:
         return _lay_out(self.children, self.num_leaves)
 
     def is_leaf(self, node: int) -> bool:
+        """Whether `node` is a single patch. Ids are not checked."""
         return node < self.num_leaves
 
     def children_of(self, node: int) -> tuple[int, int]:

@@ -73,6 +73,7 @@ class Channel:
         self._starts.append(step)
 
     def images_at_once(self) -> int:
+        """Of a forward pass, after the halvings so far."""
         return self._images_at_once
 
     def out_of_memory(self, images_at_once: int) -> None:
@@ -116,6 +117,7 @@ class Channel:
             del self._signs[rank]
 
     def stop(self) -> None:
+        """The driver wants to stop; the workers learn it with their next sign."""
         self._is_stopping = True
 
     def fail(self, error: Exception) -> None:
@@ -123,9 +125,11 @@ class Channel:
         self._failure = self._failure or error
 
     def failure(self) -> Exception | None:
+        """The first error that `fail` was told, or None."""
         return self._failure
 
     def take(self) -> News:
+        """The news since the last call."""
         now = time.monotonic()
         heard = [Heard(sign, now - given, now - new) for sign, given, new in self._signs.values()]
         news = News(self._rows, self._notes, self._starts, heard)
@@ -146,6 +150,7 @@ class Pulse:
 
     @property
     def rank(self) -> int:
+        """Of the worker that gives the signs, from 0."""
         return self._sign.rank
 
     def note(self, text: str) -> None:

@@ -183,6 +183,11 @@ class Clicking:
     device: str
 
     def score(self, image_ids: Sequence[str], tell: Tell) -> Scored:
+        """The clicks on these photos, from a model that is loaded once a process.
+
+        Raises DataError for a photo or mask that cannot be used, ValueError for weights that cannot be loaded or a GPU
+        that is too small.
+        """
         network = _network(self.model_dir, self.zoom_size, self.device)
         excluded: list[Excluded] = []
         rows: list[Row] = []
@@ -219,6 +224,10 @@ class Answering:
     config: EvalConfig
 
     def score(self, image_ids: Sequence[str], tell: Tell) -> Scored:
+        """The clicks on these photos.
+
+        Raises DataError for a photo, mask or answer that cannot be used, ValueError for a method that does not exist.
+        """
         model = build_click_model(self.method, self.classical)
         excluded: list[Excluded] = []
         rows: list[Row] = []
@@ -266,6 +275,7 @@ class Overlapping:
     are_trees: bool
 
     def score(self, image_ids: Sequence[str], tell: Tell) -> Scored:
+        """The best overlaps of the objects in these photos. Raises DataError for masks of another size."""
         scored = Scored([], [])
         for done, image_id in enumerate(image_ids, 1):
             self.score_image(image_id, scored)
@@ -273,6 +283,7 @@ class Overlapping:
         return scored
 
     def score_image(self, image_id: str, scored: Scored) -> None:
+        """Add the rows of one photo, or why it has none, to `scored`."""
         reader = _reader(self.proposals, self.are_trees)
         if image_id not in reader:
             scored.excluded.append(f"{image_id}: its photo was refused, it has no proposals")
@@ -349,12 +360,14 @@ class Worker:
     begun = 0, 0
 
     def score(self, job: Job, image_ids: Sequence[str]) -> Scored:
+        """Do the chunk, with one CPU thread. Raises as the job."""
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         self.begun = 0, 0
         return job.score(image_ids, self.tell)
 
     def tell(self, images: int, rows: int) -> None:
+        """Keep what `progress` says."""
         self.begun = images, rows
 
     def progress(self) -> tuple[int, int]:

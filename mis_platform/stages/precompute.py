@@ -742,12 +742,15 @@ class ChunkWorker:
         return finish_chunk(self.rows(photos_of(chunk)), self.out, self.product)
 
     def rows(self, photos: Iterable[Photo]) -> Iterator[Row | Refused]:
+        """One row or refusal for each photo, in their order, decoded while they are asked for."""
         return describe_all(map(self.decoded, photos), self.extractor, self.row)
 
     def decoded(self, photo: Photo) -> Decoded:
+        """A photo with its pixels, or with why it was refused."""
         return Decoded(photo, attempt(photo, "decode", lambda: decode(photo, self.data, self.untrusted)))
 
     def row(self, decoded: Decoded, features: np.ndarray | Refused) -> Row | Refused:
+        """The product's row of a photo; features float32 [gh, gw, C], or the refusal, which is handed on."""
         if isinstance(features, Refused):
             return features
         pixels = cast(np.ndarray, decoded.pixels)

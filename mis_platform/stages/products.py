@@ -65,12 +65,15 @@ class Trees:
     }
 
     def warm_up(self) -> None:
+        """Compile the merging, or load it from numba's cache."""
         ward.warm_up()
 
     def make(self, image_id: str, size: tuple[int, int], features: np.ndarray, pixels: np.ndarray | None) -> Row:
+        """As `Product.make`: the merge tree of the features."""
         return tree_row(image_id, size, ward.merge(features))
 
     def digest(self, row: Mapping[str, Any]) -> str:
+        """As `Product.digest`, over little-endian int32 children and float32 costs."""
         head = [row[name] for name in TREES.names[:-2]]
         digest = hashlib.sha256(json.dumps(head).encode())
         digest.update(np.asarray(row["children"], "<i4").tobytes())
@@ -78,6 +81,7 @@ class Trees:
         return digest.hexdigest()
 
     def table(self, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+        """As `Product.table`."""
         return rows_to_table(rows)
 
 
@@ -97,15 +101,18 @@ class SourceProposals:
         """Nothing is compiled."""
 
     def make(self, image_id: str, size: tuple[int, int], features: np.ndarray, pixels: np.ndarray | None) -> Row:
+        """As `Product.make`; random choices depend on the image's id alone."""
         assert pixels is not None
         # Random choices are the photo's own, not those of the process that happens to take it.
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big"))
         return proposals.proposal_row(image_id, propose(self.source, pixels, features, self.settings, rng))
 
     def digest(self, row: Mapping[str, Any]) -> str:
+        """As `Product.digest`."""
         return proposals.row_digest(row)
 
     def table(self, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+        """As `Product.table`."""
         return proposals.rows_to_table(rows)
 
 

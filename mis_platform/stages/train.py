@@ -98,6 +98,7 @@ class Job:
 
     @property
     def run(self) -> Run:
+        """The settings of the training."""
         return self.stream.run
 
 
@@ -334,6 +335,7 @@ class Story:
         self._heard = time.monotonic()  # when a worker last gave a sign
 
     def tell(self, news: News) -> None:
+        """Pass the news on and end a worker that hangs; to be called every few seconds, also without news."""
         for note in news.notes:
             _say(note)
         for step in news.starts:
@@ -352,6 +354,7 @@ class Story:
             self._channel.leave.remote(hung.sign.rank, hung.sign.pid)
 
     def close(self) -> None:
+        """End the line of progress."""
         if self._progress:
             self._progress.close()
 
@@ -600,9 +603,11 @@ class Numbers(ray.data.Datasource):
         ]
 
     def estimate_inmemory_data_size(self) -> int:
+        """In bytes, for Ray Data's planning."""
         return sum(block.nbytes for block in self._blocks)
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ray.data.ReadTask]:
+        """One task for each block, whatever parallelism Ray Data would like."""
         return [ray.data.ReadTask(_reading(block), _metadata(block)) for block in self._blocks]
 
 

@@ -61,10 +61,12 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
+        """At least 1; what is left of the photos begins the next epoch."""
         return max(1, self.images // self.config.batch_size)
 
     @property
     def total_steps(self) -> int:
+        """Of the whole training, at most max_steps."""
         planned = self.config.epochs * self.steps_per_epoch
         return planned if self.config.max_steps is None else min(planned, self.config.max_steps)
 
@@ -159,6 +161,7 @@ class Prepared(NamedTuple):
     numbers: Sequence[int]
 
     def part(self, start: int, stop: int) -> "Prepared":
+        """The examples `start` to `stop` - 1 of the batch; the tensors are views."""
         columns: Any = (column[start:stop] for column in self)
         return Prepared(*columns)
 
