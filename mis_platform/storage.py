@@ -212,8 +212,8 @@ class Storage:
         """Write and remove a small file. Raises ValueError that says what is wrong with the root."""
         probe = f"{TEMPORARY}{uuid.uuid4().hex}"
         here = Storage(self.uri)
-        object.__setattr__(here, "_target", here._open(QUICK_ATTEMPTS))
         try:
+            object.__setattr__(here, "_target", here._open(QUICK_ATTEMPTS))
             here.write_bytes(probe, b"")
             here.remove(probe)
         except OSError as error:

@@ -10,8 +10,10 @@ import textwrap
 import time
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
+from mis_platform.evaluation.predictor import Predictor
 from mis_platform.leases import hold
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 
@@ -195,6 +197,27 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_read_only_root_is_refused() -> None:
     with pytest.raises(ValueError, match="choose another --root"):
         Storage("/proc/mis").check_writable()
+
+
+def test_a_bucket_that_cannot_be_found_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the SDK says without a network; asking for real takes it ten seconds."""
+    said = "When resolving region for bucket 'nope': AWS Error NETWORK_CONNECTION\nDetails: Could not resolve host"
+
+    def resolve(bucket: str) -> str:
+        raise OSError(said)
+
+    monkeypatch.setattr(pafs, "resolve_s3_region", resolve)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    about = said.splitlines()[0]
+    with pytest.raises(StorageError) as lost:
+        Storage("s3://nope/x").exists("model.safetensors")
+    assert str(lost.value) == f"cannot reach s3://nope/x: {about}"
+    with pytest.raises(StorageError, match="cannot reach s3://nope/x"):
+        Predictor.from_pretrained("s3://nope/x")
+    with pytest.raises(ValueError) as refused:
+        Storage("s3://nope/x").check_writable()
+    assert str(refused.value) == f"cannot write to s3://nope/x: {about}; choose another --root"
 
 
 def test_a_writable_root_stays_as_it_was(tmp_path: Path) -> None:
