@@ -331,10 +331,10 @@ def ui(
     """Open the MLflow UI on the runs of this root (loopback only)."""
     from mis_platform import tracking
 
-    command = tracking.ui_command(_root(root), port)
+    command, environment = tracking.ui_command(_root(root), port)
     typer.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C stops it)", err=True)
     sys.stdout.flush()
-    os.execvp(command[0], command)
+    os.execvpe(command[0], command, environment)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})  # options behind COMMAND are COMMAND's
