@@ -58,6 +58,7 @@ class Stage:
     config: Any  # settings, or plain JSON values
     run: Callable[[dict[str, Storage], Storage], Output]  # run(inputs, out): where inputs lie, where to write
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
+    check: Callable[[], object] = lambda: None  # raises, within moments, what would end `run`: settings and weights
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -95,6 +96,20 @@ def walk(stage: Stage) -> Iterator[Stage]:
         yield current
 
     return visit(stage)
+
+
+def missing(stage: Stage, root: Storage) -> Iterator[Stage]:
+    """What `ensure` would run, inputs first; one that several need may come several times."""
+    if not stage.is_done(root):
+        for needed in stage.inputs.values():
+            yield from missing(needed, root)
+        yield stage
+
+
+def check_missing(stage: Stage, root: Storage) -> None:
+    """Raise what would end one of the stages that `ensure` would run, before any of them has run for hours."""
+    for each in missing(stage, root):
+        each.check()
 
 
 def ensure(stage: Stage, root: Storage) -> Storage:

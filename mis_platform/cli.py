@@ -344,10 +344,10 @@ def ui(
     """Open the MLflow UI on the runs of this root (loopback only)."""
     from mis_platform import tracking
 
-    command = tracking.ui_command(_root(root), port)
+    command, environment = tracking.ui_command(_root(root), port)
     typer.echo(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C stops it)", err=True)
     sys.stdout.flush()
-    os.execvp(command[0], command)
+    os.execvpe(command[0], command, environment)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})  # options behind COMMAND are COMMAND's
@@ -788,26 +788,29 @@ def _writable(root: str) -> "Storage":
 
 
 def _ensure(stage: Any, root: "Storage") -> "tuple[Storage, dict[str, Any]]":
-    from mis_platform.artifacts import ensure, read_manifest
+    from mis_platform.artifacts import check_missing, ensure, read_manifest
     from mis_platform.stages.cluster import cluster
 
     if stage.is_done(root):
         directory = ensure(stage, root)
         typer.echo(f"{stage.name}: already done", err=True)
     else:
+        check_missing(stage, root)
         with cluster(root):
             directory = ensure(stage, root)
     return directory, read_manifest(directory)["summary"]
 
 
 def _print_plan(stages: list[Any], root: str) -> None:
-    from mis_platform.artifacts import walk
+    from mis_platform.artifacts import check_missing, walk
 
     storage = _root(root)
     for stage in stages:
         for needed in walk(stage):
             state = "done   " if needed.is_done(storage) else "missing"
             typer.echo(f"{state}  {needed.directory(storage)}")
+    for stage in stages:
+        check_missing(stage, storage)
 
 
 def _counts(label: str, summary: dict[str, Any]) -> str:

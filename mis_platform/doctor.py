@@ -8,10 +8,12 @@ import base64
 import contextlib
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import resource
 import shutil
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -28,15 +30,17 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mis_platform import access, tracking
-from mis_platform.config import TRAINED, Resources, Run
+from mis_platform.config import TRAINED, Resources, Run, fingerprint, plain
 from mis_platform.data.benchmarks import Split, list_datasets, open_dataset
 from mis_platform.errors import DataError
 from mis_platform.experiment import Experiment, load_experiment
 from mis_platform.model import hub
 from mis_platform.model.features import BACKBONES, WITHOUT_WEIGHTS, weights_file
+from mis_platform.model.simpleclick import SimpleClick
 from mis_platform.model.weights import MAE_REPOSITORIES, WEIGHTS_FILE, fetch_mae
 from mis_platform.redaction import scrub
 from mis_platform.stages import cluster, train
+from mis_platform.stages.training_loop import CHECKPOINTS_KEPT
 from mis_platform.storage import TEMPORARY, Storage
 from mis_platform.sweep import WHEEL_BENCHMARK, WHEEL_PHOTOS
 
@@ -47,6 +51,7 @@ PACKAGE = "mis-platform"
 FLOORS = {"ray": "2.60", "pillow": "12.3", "mlflow": "3.16.1", "torch": "2.6"}
 GIB, MIB = 2**30, 2**20
 PROBE_BYTES = MIB
+TRAINING_BYTES, CHECKPOINT_BYTES = 16, 12  # of a parameter: itself, gradient, Adam's two moments; no gradient on disk
 LITTLE_SPACE, HARDLY_SPACE = 20 * GIB, 1 * GIB
 GPU_FILE = Path("/dev/nvidia0")  # there where the machine has one
 OPEN_FILES = 65536  # Ray's advice
@@ -95,6 +100,7 @@ def examine(
             yield from _guarded("cluster", lambda: _join(joined))
         yield from _guarded("GPUs", lambda: _gpus(resources))
         yield from _guarded("cluster", lambda: _capacity(resources))
+        yield from _guarded("memory", lambda: _memory(runs, resources, root))
         yield from _guarded("shared memory", _shared_memory)
         yield from _guarded("open files", _open_files)
         yield from _guarded("storage", lambda: _storage(root))
@@ -224,6 +230,53 @@ def _capacity(resources: Resources) -> Findings:
     ]
     each = f"{loaders} example task(s) and {threads} torch thread(s) for each worker"
     yield Finding(OK, f"{where}: {'; '.join(needs)}; {each}")
+
+
+def _memory(runs: Sequence[Run], resources: Resources, root: Storage) -> Findings:
+    """What trainings hold at least, and what they write, against memory and disk; images come on top."""
+    trained = [run for run in runs if run.method == TRAINED]
+    if not trained:
+        return
+    with torch.device("meta"):
+        models = {run.model.variant: SimpleClick(run.model.variant) for run in trained}
+    sizes = {name: sum(each.numel() for each in model.parameters()) for name, model in models.items()}
+    variant = max(sizes, key=lambda name: sizes[name])
+    trials, workers = train.trials_at_once(resources), resources.num_workers
+    each = TRAINING_BYTES * sizes[variant] / GIB
+    held = f"{trials} training(s) x {workers} worker(s) x {each:.1f} GiB for {variant}, its gradients and Adam"
+    use_gpu, here = train.uses_gpu(resources), torch.cuda.device_count()
+    if not use_gpu:
+        yield _enough(f"memory: {held}", trials * workers * each, _memory_of_nodes(), "fewer resources.num_workers")
+    elif here:
+        has = min(torch.cuda.get_device_properties(index).total_memory for index in range(here)) / GIB
+        on_each = math.ceil(trials * workers / cluster.gpus())
+        yield _enough(f"GPU memory: {held}, {on_each} on each GPU", on_each * each, has, "fewer resources.trials")
+    if root.local is not None:
+        trainings = len({fingerprint(_without_evaluation(run)) for run in trained})
+        disk = trainings * (CHECKPOINTS_KEPT + 1) * CHECKPOINT_BYTES * sizes[variant] / GIB
+        free = shutil.disk_usage(_existing(root.local)).free / GIB
+        yield _enough(f"disk: checkpoints of {trainings} training(s), {disk:.1f} GiB", disk, free, "another --root")
+
+
+def _without_evaluation(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in plain(run).items() if not name.startswith("eval")}
+
+
+def _enough(what: str, wanted: float, has: float, fix: str) -> Finding:
+    """wanted, has: GiB."""
+    what = f"{what}; {wanted:.1f} of {has:.1f} GiB"
+    return Finding(OK, what) if wanted <= has else Finding(FAIL, what, fix)
+
+
+def _memory_of_nodes() -> float:
+    """GiB: what Ray counts, or what this machine has."""
+    if ray.is_initialized():
+        return float(ray.cluster_resources().get("memory", 0.0)) / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _shared_memory() -> Findings:
@@ -380,8 +433,15 @@ def _weight(what: str, given: str | None, repository: str, fetch: Callable[[], P
 def _mlflow(root: Storage) -> Findings:
     uri = tracking.tracking_uri(root)
     if not uri.startswith(("http://", "https://")):
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-            yield Finding(OK, f"MLflow: {uri} will be made")
+        database = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and not database.exists():
+            try:
+                tempfile.TemporaryFile(
+                    dir=_existing(database.parent)
+                ).close()  # root may write wherever modes forbid it
+                yield Finding(OK, f"MLflow: {uri} will be made")
+            except OSError as error:
+                yield Finding(FAIL, f"MLflow: {uri} cannot be made: {_line(error)}", "choose another --root", LOST)
             return
         tracking.probe(root)
         yield Finding(OK, f"MLflow: {uri}, written")

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from mis_platform import figures, pipeline, report, tracking
-from mis_platform.artifacts import MANIFEST, Stage, ensure, read_manifest, sha256
+from mis_platform.artifacts import MANIFEST, Stage, check_missing, ensure, read_manifest, sha256
 from mis_platform.config import Resources, Run, build, fingerprint, flatten, plain
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
@@ -153,9 +153,10 @@ def score_proposals(benchmarks: Sequence[Dataset], runs: Sequence[Run], resource
 
 
 def finish(stage: Stage, root: Storage) -> Storage:
-    """The directory of the finished stage; Ray is only started if something is missing."""
+    """The directory of the finished stage; Ray is only started if something is missing that can be made."""
     if stage.is_done(root):
         return ensure(stage, root)
+    check_missing(stage, root)
     with cluster(root):
         return ensure(stage, root)
 

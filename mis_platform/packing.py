@@ -22,19 +22,9 @@ NAMED = 5  # files in a message
 
 # Names, in lower case, whatever folder they are in.
 SECRETS = (
-    *(".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_*", ".netrc", "_netrc", ".pgpass"),
-    *("credentials", "credentials.*", "*credentials*.json", "service-account*.json", "service_account*.json"),
-    *(
-        "auth_token",
-        ".git-credentials",
-        ".htpasswd",
-        ".npmrc",
-        ".pypirc",
-        "kubeconfig",
-        "secrets.*",
-        "token",
-        "*.token",
-    ),
+    *(".env*", "*.env", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.kdbx", "*.asc", "*.gpg", "id_*"),
+    *("*secret*", "*token*", "*password*", "*passwd*", "*credential*", "*service-account*", "*service_account*"),
+    *(".netrc", "_netrc", ".pgpass", ".htpasswd", ".npmrc", ".pypirc", ".boto", ".s3cfg", ".docker*", "*kubeconfig*"),
 )
 SECRET_FOLDERS = {".aws", ".ssh", ".gnupg", ".kube", ".azure", ".config", ".docker", ".ray"}
 # Made by programs, or far too large; they are left behind without a word.
@@ -43,7 +33,11 @@ SKIPPED_FOLDERS = CACHES | {
     *(".git", ".hg", ".svn", ".venv", "venv", "env", "node_modules", "artifacts", "data", "mlruns", "quickstart"),
 }
 SKIPPED_FILES = ("*.pyc", "*.pyo", "*.db", "*.swp", "*~", ".ds_store", ".gitignore")
-_PRIVATE = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")
+# Keys and tokens that have a form of their own: PEM, PuTTY, AWS, Hugging Face, GitHub, Google, Slack.
+_PRIVATE = re.compile(
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|PuTTY-User-Key-File-\d|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z]{34}\b"
+    rb"|\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{82})\b|\bAIza[\w-]{35}\b|\bxox[abprs]-[\w-]{10,}"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def collect(experiments: Path | None = None, package: Path | None = None) -> lis
         )
     check_size(files)
     if leaking := [
-        f"{each.source} (holds a private key)" for each in files if _PRIVATE.search(each.source.read_bytes())
+        f"{each.source} (holds a key or token)" for each in files if _PRIVATE.search(each.source.read_bytes())
     ]:
         raise ValueError(f"these must not travel, so nothing was sent: {_some(leaking)}; remove the key")
     return sorted(files, key=lambda each: each.name)

@@ -16,7 +16,7 @@ from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import robot_settings
-from mis_platform.model.features import features_identity
+from mis_platform.model.features import build_extractor, features_identity
 from mis_platform.model.weights import WEIGHTS_FILE, family_of, fetch_mae
 from mis_platform.saved_models import describe
 from mis_platform.stages import evaluate, initial, precompute, train
@@ -45,6 +45,7 @@ def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
         version=precompute.VERSION,
         config={"dataset": dataset.digest(), "data": plain(run.data), "features": features_identity(run.features)},
         run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out),
+        check=functools.partial(build_extractor, run.features),
     )
 
 
@@ -62,6 +63,7 @@ def proposals_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
             "settings": source_settings(product.source, run.sources),
         },
         run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out, product),
+        check=functools.partial(build_extractor, run.features),
     )
 
 
@@ -102,6 +104,7 @@ def checkpoint_stage(
         run=lambda given, out: train.train(
             dataset, run, _first(given, TARGETS), resources, out, on_metrics, given.get("pretraining")
         ),
+        check=lambda: train.check(run, resources, has_pretraining=pretraining is not None),
     )
 
 

@@ -34,7 +34,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
-from mis_platform.artifacts import Stage, ensure, read_manifest, walk
+from mis_platform.artifacts import Stage, check_missing, ensure, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, compare, render
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
@@ -278,9 +278,11 @@ def run_sweep(sweep: Sweep) -> Comparison:
 def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
     """Shared stages here, then a trial for each training. Returns "row/seed" -> reason of those that failed."""
     train.trials_at_once(sweep.resources)  # refused before anything runs
-    failures: dict[str, str] = {}
+    failures = _faults(sweep, tasks)
     shared: dict[str, str] = {}  # fingerprint -> why it failed
     for task in tasks:
+        if _key(task) in failures:
+            continue
         for stage in _shared(task, sweep.root, sweep.resources):
             if stage.fingerprint not in shared:
                 shared[stage.fingerprint] = _attempt(stage, sweep.root)
@@ -290,6 +292,18 @@ def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
     failures |= _pretrain(sweep, [task for task in able if task.row.pretraining is not None])
     able = [task for task in able if _key(task) not in failures]
     return failures | _fan_out(sweep, _by_training(able, sweep.resources))
+
+
+def _faults(sweep: Sweep, tasks: Iterable[Task]) -> dict[str, str]:
+    """ "row/seed" -> why it would fail hours later: settings and weights."""
+    faults: dict[str, str] = {}
+    for task in tasks:
+        if task.is_trained:
+            try:
+                check_missing(task.training(sweep.resources), sweep.root)
+            except ValueError as error:
+                faults[_key(task)] = reason_of(error)
+    return faults
 
 
 def _pretrain(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:

@@ -128,8 +128,10 @@ def probe(root: Storage) -> None:
         raise ValueError(f"{scrub(tracking_uri(root))} cannot be written: {_first_line(error)}") from None
 
 
-def ui_command(root: Storage, port: int = 5000) -> list[str]:
-    """The command that serves the MLflow UI of this root on the loopback address.
+def ui_command(root: Storage, port: int = 5000) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the MLflow UI of this root on the loopback address, and its environment.
+
+    The store's address, which may hold a password, is in the environment: all users of a machine see command lines.
 
     Raises DataError when there is no store: one that a mistyped root made would be an empty page. Raises ValueError
     when the port is taken: MLflow says so among other lines and then hangs.
@@ -142,8 +144,8 @@ def ui_command(root: Storage, port: int = 5000) -> list[str]:
         raise DataError(f"there are no runs yet: {database} does not exist; is it the right --root?")
     connect(root)  # a store that cannot be opened is told in one line
     _check_port(port)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return command, {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def _check_port(port: int) -> None:

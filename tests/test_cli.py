@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from commands import mis
 from PIL import Image
-from processes import running
+from processes import running, wait_until_gone
 
 from mis_platform import __version__, cli
 from mis_platform.config import Run, TargetConfig, override, plain
@@ -164,10 +164,10 @@ def test_a_second_ctrl_c_leaves_at_once_and_alone():
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
     try:
         child = int(process.stdout.readline())
-        assert child in running()
+        family = {child: running()[child][1]}
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
-        assert child not in running()
+        wait_until_gone(family, 5)
     finally:
         process.kill()
         process.communicate()
@@ -217,6 +217,35 @@ def test_weights_at_a_mistyped_path_are_missing_data(settings, expected, photos,
     words = [word for text in settings for word in ("--set", text.format(weights))]
     assert mis("train", "--dataset", f"folder:{photos}", "--root", str(tmp_path / "root"), *words) == 3
     assert expected.format(weights) in capsys.readouterr().err
+
+
+TRAIN = ["--set", "features.extractor=color_texture", "--set", "model.image_size=224"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["precompute", "--set", "features.weights=WEIGHTS"], "weights.safetensors is not a whole"),
+        (
+            ["train", "--set", "features.weights=WEIGHTS", "--set", "model.init=random"],
+            "is not a whole safetensors file",
+        ),
+        (["train", *TRAIN, "--set", "model.init_weights=WEIGHTS"], "is not a whole safetensors file"),
+        (["train", *TRAIN, "--set", "model.init=random", "--set", "resources.num_workers=3"], "train.batch_size=32"),
+    ],
+)
+def test_wrong_weights_and_workers_are_refused_before_ray_starts(words, told, photos, capsys, tmp_path, monkeypatch):
+    """And before hours of trees that a training could not use."""
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    weights, root = tmp_path / "weights.safetensors", tmp_path / "root"
+    weights.write_bytes(b"no tensors")
+    words = [word.replace("WEIGHTS", str(weights)) for word in words]
+    for more in ([], ["--dry-run"]):
+        assert mis(*words, "--dataset", f"folder:{photos}", "--root", str(root), *more) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]
+        assert not list(root.glob("trees/*/*.parquet"))
 
 
 def test_eval_without_a_model_says_how_to_get_one(photos, capsys, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mis_platform import doctor
-from mis_platform.config import Resources, override
+from mis_platform.config import ModelConfig, Resources, Run, override
 from mis_platform.doctor import FAIL, OK, WARN, Finding
 from mis_platform.storage import Storage
 
@@ -218,3 +218,22 @@ def test_every_node_is_asked_what_it_sees(tmp_path, monkeypatch):
         assert max(each.exit_code for each in apart) == 2
     finally:
         nodes.shutdown()
+
+
+def test_memory_and_disk_are_counted_for_the_runs_that_were_named(tmp_path, monkeypatch):
+    small, paper = Run(model=ModelConfig(variant="vit_xt", init="random")), Run()
+    other_eval = override(paper, ["eval.max_clicks=5"])
+    root = Storage(str(tmp_path / "not" / "there"))
+    (memory, disk) = map(str, doctor._memory([small, paper, other_eval], Resources(num_workers=2), root))
+    assert "1 training(s) x 2 worker(s) x 1.5 GiB for vit_b, its gradients and Adam; 2.9 of " in memory
+    assert "checkpoints of 2 training(s), 6.6 GiB; 6.6 of " in disk
+    assert list(doctor._memory([override(paper, ["method=graphcut"])], Resources(), root)) == []
+    monkeypatch.setattr(doctor, "_memory_of_nodes", lambda: 2.0)
+    (fault,) = only(doctor._memory([paper], Resources(num_workers=2), root), FAIL)
+    assert "2.9 of 2.0 GiB" in fault
+    assert "fewer resources.num_workers" in fault
+
+
+def test_a_store_that_cannot_be_made_fails() -> None:
+    (fault,) = only(doctor._mlflow(Storage("/proc/nowhere")), FAIL)
+    assert "sqlite:////proc/nowhere/mlflow.db cannot be made" in fault

@@ -548,10 +548,19 @@ def test_a_store_of_another_kind_is_refused(root: Storage, uri: str, monkeypatch
 def test_the_ui_stays_on_the_loopback_address(root: Storage) -> None:
     tracking.connect(root)
     port = free_port()
-    command = tracking.ui_command(root, port)
+    command, environment = tracking.ui_command(root, port)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--port") + 1] == str(port)
-    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{root.uri}/mlflow.db"
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{root.uri}/mlflow.db"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_password_of_a_store_is_on_no_command_line(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://mis:canary-password@127.0.0.1:9/mlflow")
+    monkeypatch.setattr(tracking, "connect", lambda root: None)  # no such server here
+    command, environment = tracking.ui_command(root, free_port())
+    assert "canary-password" not in " ".join(command)
+    assert "canary-password" in environment["MLFLOW_BACKEND_STORE_URI"]
 
 
 def test_no_page_for_a_root_without_runs_or_on_a_taken_port(root: Storage) -> None:
@@ -566,7 +575,7 @@ def test_no_page_for_a_root_without_runs_or_on_a_taken_port(root: Storage) -> No
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port}: address already in use; choose another one"):
             tracking.ui_command(root, port)
-    assert str(port) in tracking.ui_command(root, port)
+    assert str(port) in tracking.ui_command(root, port)[0]
 
 
 def test_a_model_is_found_by_run_or_fingerprint(root: Storage) -> None:

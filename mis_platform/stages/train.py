@@ -130,13 +130,10 @@ def train(
     StorageError if they could not write, else RuntimeError. Ctrl-C and SIGTERM leave a checkpoint and raise
     KeyboardInterrupt and Preempted.
     """
-    share_of_batch(run.train.batch_size, resources.num_workers)
     dataset = dataclasses.replace(dataset, root=dataset.root.resolve())  # workers have their own working directories
     stream = open_stream(dataset, proposals, run)
     schedule = Schedule(len(stream.image_ids), run.train)
     done = complete_steps(out)
-    if not done and (pretraining is not None or run.model.init == "mae"):
-        initial_model(run, pretraining)  # missing or wrong weights are refused here, before Ray starts
     relay = Relay(out, on_metrics)
     relay.catch_up()
     if not done or done[-1] < schedule.total_steps:
@@ -144,6 +141,13 @@ def train(
             _train_on_cluster(stream, schedule, resources, out, relay, pretraining)
         relay.catch_up()
     return _publish(out, schedule)
+
+
+def check(run: Run, resources: Resources, has_pretraining: bool) -> None:
+    """Raises ValueError for a batch that the workers cannot share, and when MAE's weights are missing or wrong."""
+    share_of_batch(run.train.batch_size, resources.num_workers)
+    if run.model.init == "mae" and not has_pretraining:
+        initial_model(run)
 
 
 def _publish(out: Storage, schedule: Schedule) -> Output:

@@ -255,7 +255,7 @@ def test_a_folder_without_photos_is_refused(tmp_path: Path, photos: Dataset) -> 
         run(empty, tmp_path / "out")
 
 
-def test_missing_weights_are_noticed_before_ray_starts(photos: Dataset, tmp_path: Path) -> None:
+def test_missing_weights_are_noticed_before_any_worker_starts(photos: Dataset, tmp_path: Path) -> None:
     config = FeaturesConfig(weights=str(tmp_path / "no.pth"))
     with pytest.raises(ValueError, match="color_texture"):
         precompute.precompute(photos, config, DataConfig(), Resources(), Storage(str(tmp_path / "out")))
