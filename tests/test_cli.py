@@ -240,7 +240,7 @@ def test_wrong_weights_and_workers_are_refused_before_ray_starts(words, told, ph
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     weights, root = tmp_path / "weights.safetensors", tmp_path / "root"
-    weights.write_bytes(b"no tensors")
+    weights.write_bytes(b"\0no tensors")
     words = [word.replace("WEIGHTS", str(weights)) for word in words]
     for more in ([], ["--dry-run"]):
         assert mis(*words, "--dataset", f"folder:{photos}", "--root", str(root), *more) == 2
