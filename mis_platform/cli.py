@@ -206,7 +206,8 @@ def evaluate(
     if allow_missing:
         benchmarks = [_without_missing(benchmark) for benchmark in benchmarks]
     if proposals:
-        _note_without_effect(run, assignments, ("data", "features", "sources", "target"), "proposals need no training")
+        reads = ("data", "eval_datasets", "features", "sources", "target")
+        _note_without_effect(run, assignments, reads, "proposals need no training")
         runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
         if dry_run:
             return _print_plan([pipeline.overlap_stage(b, each, resources) for b in benchmarks for each in runs], root)

@@ -232,8 +232,8 @@ def record(
 ) -> tracking.Tracker:
     """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`.
 
-    wait: for a slow store, as in `tracking.open_run`. settings: as of `settings_of`, where they are not
-    those of `run`.
+    wait: for a slow store, as in `tracking.open_run`. settings: as of `settings_of`, where not those of `run`
+    decided the model.
     """
     return tracking.open_run(
         root,

@@ -344,7 +344,8 @@ def test_settings_without_effect_are_named(half_labelled, capsys, tmp_path):
     untrained = "note: no effect here, for geodesic needs no training: sampling.alpha, train.seed, features.extractor"
     assert notes("--method", "geodesic", "--set", "classical.gamma=1") == [untrained]
     proposals = "note: no effect here, for proposals need no training: sampling.alpha, train.seed, eval.flip"
-    assert notes("--proposals", "--source", "tree", "--set", "data.min_side=9") == [proposals]
+    datasets = f'eval_datasets=["folder:{half_labelled}"]'
+    assert notes("--proposals", "--source", "tree", "--set", "data.min_side=9", "--set", datasets) == [proposals]
     words.clear()
     assert notes("--model", str(tmp_path / "trained")) == []
 
