@@ -9,21 +9,24 @@ from pathlib import Path
 import huggingface_hub
 
 PROBE_SECONDS = 5.0
+MAX_BYTES = 4 * 2**30  # ViT-H is 2.5 GB
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fetch(repository: str, name: str) -> Path:
     """The local path of file `name` of `repository`: from the hub's cache if it is there, else downloaded.
 
-    A large file must have the SHA-256 that the hub named when it was fetched. Which revision that was is not pinned:
-    the digest of weights is part of every fingerprint, so other weights make other artifacts.
+    It must have the SHA-256 and the size that the hub names, and at most MAX_BYTES. Which revision that is is not
+    pinned: the digest of weights is part of every fingerprint, so other weights make other artifacts.
     Raises ConnectionError, in one line, when it can be had from neither, or is damaged.
     """
     if found := cached(repository, name):
         return found
     # The hub's client tries for half a minute to reach a hub that does not answer; one short question comes first.
-    probe(repository, name)
+    wanted = probe(repository, name)
     with _explained(repository):
-        return _whole(Path(huggingface_hub.hf_hub_download(repository, name)))
+        path = Path(huggingface_hub.hf_hub_download(repository, name))
+    return _checked(path, wanted)
 
 
 def cached(repository: str, name: str) -> Path | None:
@@ -34,12 +37,20 @@ def cached(repository: str, name: str) -> Path | None:
         return None
 
 
-def probe(repository: str, name: str) -> None:
-    """Raises ConnectionError, within seconds and in one line, when the hub cannot be reached or has no such file."""
+def probe(repository: str, name: str) -> str:
+    """The SHA-256 that the hub names for a file.
+
+    Raises ConnectionError, within seconds and in one line, when the hub cannot be reached, has no such file, names no
+    SHA-256 for it (it does for all weights), or more bytes than MAX_BYTES.
+    """
     with _explained(repository):
-        answer = huggingface_hub.get_session().head(huggingface_hub.hf_hub_url(repository, name), timeout=PROBE_SECONDS)
-        if answer.status_code >= 400:
-            raise OSError(f"status {answer.status_code}")
+        url = huggingface_hub.hf_hub_url(repository, name)
+        about = huggingface_hub.get_hf_file_metadata(url, timeout=PROBE_SECONDS)
+        if not about.etag or not _SHA256.fullmatch(about.etag):
+            raise OSError(f"it names no SHA-256 for {name}")
+        if about.size is None or about.size > MAX_BYTES:
+            raise OSError(f"{name} has {about.size} bytes; at most {MAX_BYTES} are fetched")
+        return about.etag
 
 
 @contextlib.contextmanager
@@ -55,9 +66,12 @@ def _explained(repository: str) -> Iterator[None]:
 
 def _whole(path: Path) -> Path:
     """`path`, if its content is what its name in the cache says: there, large files are named by their SHA-256."""
-    file = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", file.name):
-        with open(file, "rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != file.name:
-                raise ConnectionError(f"{file} is damaged: remove it, and it is fetched again")
+    name = path.resolve().name
+    return _checked(path, name) if _SHA256.fullmatch(name) else path
+
+
+def _checked(path: Path, wanted: str) -> Path:
+    with open(path, "rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
+            raise ConnectionError(f"{path.resolve()} is damaged: remove it, and it is fetched again")
     return path

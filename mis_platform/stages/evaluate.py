@@ -370,6 +370,7 @@ class Worker:
         """Keep what `progress` says."""
         self.begun = images, rows
 
+    @ray.method(max_task_retries=0)  # Ray otherwise reports, in red, that it asks workers again that we have ended
     def progress(self) -> tuple[int, int]:
         """Photos and rows finished of the chunk that `score` is at; called from another thread."""
         return self.begun
