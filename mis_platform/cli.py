@@ -208,7 +208,7 @@ def evaluate(
     if proposals:
         reads = ("data", "eval_datasets", "features", "sources", "target")
         _note_without_effect(run, assignments, reads, "proposals need no training")
-        runs = [override(run, [f"target.source={each}"]) for each in source or [run.target.source]]
+        runs = [override(run, [f"target.source={each}"]) for each in source or ()] or [run]
         if dry_run:
             return _print_plan([pipeline.overlap_stage(b, each, resources) for b in benchmarks for each in runs], root)
         typer.echo(jobs.score_proposals(benchmarks, runs, resources, _writable(root)))
