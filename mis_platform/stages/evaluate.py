@@ -49,6 +49,7 @@ from mis_platform.evaluation.protocol import (
     evaluate_click_model,
     protocol_fingerprint,
     robot_settings,
+    told,
 )
 from mis_platform.evaluation.session import Network
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
@@ -234,13 +235,23 @@ def method_identity(method: str, classical: ClassicalConfig) -> Row:
     """What decides the answers of a method: its settings, or the source of the module it comes from."""
     if ":" not in method:
         return {"name": method, "version": METHODS_VERSION, "settings": plain(classical)}
-    source = inspect.getsource(importlib.import_module(_own_class(method).__module__))
+    try:
+        source = inspect.getsource(importlib.import_module(_own_class(method).__module__))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"method={method}: {error}; it is addressed by the source of its module") from None
     return {"name": method, "source": hashlib.sha256(source.encode()).hexdigest()}
 
 
 def build_click_model(method: str, classical: ClassicalConfig) -> ClickModel:
-    """A new ClickModel. Raises ValueError if `method` names none."""
-    return build_method(method, classical) if ":" not in method else _own_class(method)()
+    """A new ClickModel. Raises ValueError if `method` names none, or one whose constructor fails."""
+    if ":" not in method:
+        return build_method(method, classical)
+    model = _own_class(method)
+    try:
+        built: ClickModel = model()
+    except Exception as error:  # anything, as it is not our code
+        raise ValueError(f"method={method}: its constructor, called without arguments: {told(error)}") from error
+    return built
 
 
 def _own_class(method: str) -> type[Any]:
@@ -248,8 +259,9 @@ def _own_class(method: str) -> type[Any]:
     module, _, name = method.partition(":")
     try:
         model: type[Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method={method}: {error}; the module must be importable, e.g. with PYTHONPATH") from None
+    except Exception as error:  # anything, as it is not our code
+        reason = error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"method={method}: {reason}; the module must be importable, e.g. with PYTHONPATH") from error
     for needed in ("set_image", "predict"):
         if not callable(getattr(model, needed, None)):
             raise ValueError(f"method={method}: a ClickModel needs {needed}(), see docs/click-models.md")
