@@ -81,6 +81,17 @@ def test_a_density_without_seeds_is_uniform_and_one_seed_is_enough() -> None:
     assert log_density(colors, colors[2:3]).argmax() == 2
 
 
+@pytest.mark.parametrize("kinds", [5, 6])
+def test_a_side_has_five_colours(kinds: int) -> None:
+    """Five colours have a Gaussian each, as narrow as allowed; of six, two share one."""
+    axis = (0.1, 0.9)
+    colors = np.array(list(itertools.product(axis, axis, axis)))[:kinds]
+    peaks = np.exp(log_density(colors, np.repeat(colors, 100, axis=0)))
+    alone = 0.95 / kinds * (2 * np.pi * 1e-3) ** -1.5 + 0.05
+    assert np.isclose(peaks, alone, rtol=1e-3).sum() == (5 if kinds == 5 else 4)
+    assert np.isclose(peaks, alone, rtol=1e-3).sum() + (peaks < alone / 2).sum() == kinds
+
+
 def test_neighbours_are_joined_by_contrast() -> None:
     """The graph's minimum cut is that of SciPy on the formula, pixel by pixel."""
     image = noise(6, 7).astype(np.float64) / 255
