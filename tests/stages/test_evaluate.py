@@ -217,11 +217,17 @@ def test_overlaps_on_the_cluster(benchmark: Dataset, trees: Storage, tmp_path: P
     assert output.summary["mean_best_overlap"] == round(float(np.mean(ious)), 4)
     assert output.summary["median_best_overlap"] == round(float(np.median(ious)), 4)
     assert output.summary["share_above_0.7"] == round(sum(iou > 0.7 for iou in ious) / len(ious), 4)
+    assert output.summary["share_of_photos_without"] == 0
     assert len(output.summary["excluded"]) == 2
     assert {name: str(kind) for name, kind in zip(stage.OVERLAPS.names, stage.OVERLAPS.types)} == {
         **{"dataset": "string", "image_id": "string", "object_id": "string"},
         **{"best_iou": "float", "node": "int32", "area": "float", "proposals": "int32", "proposal_area": "float"},
     }
+
+
+def test_photos_without_a_proposal_are_counted_once() -> None:
+    image_ids = np.array(["a", "a", "a", "b", "c", "d", "d"], object)
+    assert stage._share_without(image_ids, np.array([0, 0, 0, 2, 1, 3, 3], np.int32)) == 0.25
 
 
 # -- clicks ----------------------------------------------------------------------------------------------------------
