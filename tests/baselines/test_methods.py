@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 
+import maxflow
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -110,9 +111,13 @@ def test_neighbours_are_joined_by_contrast() -> None:
         one, other = np.ravel_multi_index(p, (height, width)), np.ravel_multi_index(q, (height, width))
         capacities[one, other] = capacities[other, one] = round(weight * 1e6)
     expected = maximum_flow(csr_array(capacities.astype(np.int32)), 8, 40).flow_value
-    graph, nodes = graph_cut.smoothness_graph(image, gamma)
-    graph.add_tedge(nodes.ravel()[8], 1e6, 0)
-    graph.add_tedge(nodes.ravel()[40], 0, 1e6)
+    near, far, weights = graph_cut.neighbour_links(image, gamma)
+    assert len(near) == len(pairs)
+    graph = maxflow.GraphFloat()
+    graph.add_nodes(height * width)
+    graph.add_edges(near, far, weights, weights)
+    graph.add_tedge(8, 1e6, 0)
+    graph.add_tedge(40, 0, 1e6)
     assert graph.maxflow() == pytest.approx(expected / 1e6, abs=1e-4)
 
 
