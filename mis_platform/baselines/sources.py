@@ -7,7 +7,7 @@ import numpy as np
 from mis_platform.config import SourcesConfig, plain
 from mis_platform.data.proposals import Proposals
 
-# Raised when a method's masks change. freemask 2: a box is as wide as its columns with a pixel, not from end to end.
+# Raised when a method's masks change. freemask 2: boxes from rows and columns with a pixel, not from ends and pixels.
 VERSIONS = {"tokencut": 1, "dsm": 1, "freemask": 2}
 
 
