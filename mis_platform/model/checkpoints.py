@@ -101,7 +101,7 @@ def _check_folder(directory: Path) -> None:
     """Raises ValueError for what is seen to be no place for a model before the checkpoint is read."""
     nearest = next(each for each in (directory, *directory.parents) if each.exists())
     if not nearest.is_dir():
-        raise ValueError(f"{directory}: {nearest} is a file; a model is a folder of files, choose another directory")
+        raise ValueError(f"{nearest} is a file; a model is a folder of files, choose another directory")
     if (directory / WEIGHTS_FILE).exists():
         raise ValueError(f"{directory} already holds a model; choose another directory")
 
