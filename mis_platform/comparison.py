@@ -374,8 +374,11 @@ def _markdown_list(lines: Sequence[str]) -> str:
 
 
 def _tame(text: str) -> str:
-    """One line without HTML, so that a reason or a row's name cannot break the page; `|` is the table's to escape."""
-    return html.escape(" ".join(text.split()), quote=False).replace("*", "\\*")
+    """One line without HTML, so that a reason or a row's name cannot break the page; `|` is the table's to escape.
+
+    `&` stays, so that a command can be copied from the file: without `<` it begins no element.
+    """
+    return " ".join(text.split()).replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*")
 
 
 STYLE = """

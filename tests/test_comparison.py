@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -20,7 +21,7 @@ from mis_platform.comparison import (
 )
 from mis_platform.config import Run
 from mis_platform.evaluation import noc as scores
-from mis_platform.experiment import Experiment, Row, changed, noc
+from mis_platform.experiment import Experiment, Row, changed, load_experiment, noc
 
 ALPHA = Row("alpha=0.9", Run(), noc("grabcut", 2.0, 3.0))
 FLAT = Row("alpha=0", changed(Run(), **{"sampling.alpha": 0.0}), noc("grabcut", 2.5, 3.5))
@@ -407,3 +408,17 @@ def test_quoted_rows_are_named_once_where_the_paper_has_no_number_for_them() -> 
     assert "Other*" in grabcut
     assert "Other*" not in own
     assert "Not run here: Other*. Quoted from" in text
+
+
+@pytest.mark.parametrize("format", ["text", "markdown"])
+def test_the_commands_of_quoted_rows_can_be_copied_from_the_report(format: str) -> None:
+    table1 = load_experiment("table1")
+    ran = Outcome(table1.row("ESC"), 0, "done", ious={"grabcut": sessions(1, 2, limit=20)})
+    text = render(compare(table1, "paper", [ran], {}), format)
+    tables, _, below = text.rpartition("NoC@90")
+    assert "mis import" not in tables
+    commands = {row.name: re.findall(r"mis (?:import|eval) .*", row.quoted) for row in table1.rows if row.quoted}
+    assert sum(map(len, commands.values())) == 8
+    for name, found in commands.items():
+        (line,) = [line for line in below.splitlines() if "Not run here" in line and name in re.split(r"[:,.] ", line)]
+        assert all(command in line for command in found), name

@@ -12,7 +12,8 @@ import torch
 
 from mis_platform import report
 from mis_platform.artifacts import Output, Part, Stage, sha256, write_manifest
-from mis_platform.config import EvalConfig, plain
+from mis_platform.baselines.sources import VERSIONS
+from mis_platform.config import EvalConfig, Run, flatten, plain
 from mis_platform.data.schemas import CLICKS
 from mis_platform.evaluation.clicks import iou
 from mis_platform.evaluation.predictor import Predictor
@@ -256,11 +257,32 @@ def test_only_davis_may_have_its_own_zoom(tmp_path: Path) -> None:
 def test_overlaps_as_a_table() -> None:
     about = {
         **{"objects": 50, "mean_best_overlap": 0.7654, "median_best_overlap": 0.8, "excluded": ["x"]},
-        **{"proposals": 31.46, "median_proposal_area": 0.1234},
+        **{"proposals": 31.46, "median_proposal_area": 0.1234, "share_of_photos_without": 0.0},
         **{"share_above_0.5": 0.94, "share_above_0.7": 0.7, "share_above_0.85": 0.36},
     }
     *_, row = report.overlap_table([("tree", "grabcut", about)]).splitlines()
     assert row.split() == ["tree", "grabcut", "50", "0.765", "0.800", "94.0%", "70.0%", "36.0%", "31.5", "12.3%", "1"]
+
+
+@pytest.mark.parametrize(("share", "says"), [(0.5, False), (0.52, True), (1.0, True)])
+def test_a_source_that_finds_nothing_is_told_with_its_setting(share: float, says: bool) -> None:
+    about = {
+        **{"objects": 50, "mean_best_overlap": 0.0, "median_best_overlap": 0.0, "excluded": []},
+        **{"proposals": 1.0 - share, "median_proposal_area": 0.0, "share_of_photos_without": share},
+        **{"share_above_0.5": 0.0, "share_above_0.7": 0.0, "share_above_0.85": 0.0},
+    }
+    other = {**about, "proposals": 1.0, "share_of_photos_without": 0.0}
+    _, _, _, _, *lines = report.overlap_table([("tokencut", "grabcut", about), ("dsm", "grabcut", other)]).splitlines()
+    assert len(lines) == says
+    assert all(f"tokencut finds no proposal in {share:.0%} of the photos of grabcut" in line for line in lines)
+    assert all("sources.tokencut.tau" in line for line in lines)
+
+
+def test_settings_that_are_named_exist() -> None:
+    settings = flatten(Run())
+    assert set(report.DECIDING) == set(VERSIONS)
+    for text in report.DECIDING.values():
+        assert text.split()[0] in settings
 
 
 def test_a_protocol_that_is_older_than_a_setting_had_its_default():

@@ -84,13 +84,17 @@ def matrix_nms_decay(masks: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def is_object_like(mask: np.ndarray, config: FreeMaskConfig) -> bool:
-    """Whether a mask, bool [H, W], is not at the top, as sky is, and not as wide as the photo, as background is."""
+    """Whether a mask, bool [H, W], is not at the top, as sky is, and not as wide as the photo, as background is.
+
+    The authors' box: as wide as there are columns with a pixel, around the mean of the rows and columns with one. A
+    mask in two parts is no wider than both together, however far apart they are.
+    """
     if not mask.any():
         return False
     height, width = mask.shape
-    center = float(np.average(np.arange(height), weights=np.count_nonzero(mask, axis=1)))
-    columns = np.flatnonzero(mask.any(axis=0))
-    return center > config.min_center_row * height and columns[-1] - columns[0] + 1 < config.max_box_width * width
+    center_row = np.flatnonzero(mask.any(axis=1)).mean()
+    box_width = np.count_nonzero(mask.any(axis=0))
+    return bool(center_row > config.min_center_row * height and box_width < config.max_box_width * width)
 
 
 def resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

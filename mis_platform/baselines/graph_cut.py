@@ -5,6 +5,7 @@ Boykov and Jolly, "Interactive Graph Cuts for Optimal Boundary and Region Segmen
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import maxflow
 import numpy as np
@@ -31,22 +32,28 @@ class GraphCut:
     def set_image(self, image: np.ndarray) -> None:
         """uint8 [H, W, 3] RGB."""
         self._image = image.astype(np.float64) / 255
-        self._graph, self._nodes = smoothness_graph(self._image, self._config.gamma)
+        self._links = neighbour_links(self._image, self._config.gamma)
 
     def predict(self, clicks: Sequence[Click], previous: np.ndarray) -> np.ndarray:
         """float32 [H, W]: 1 on the object's side of the cut, else 0."""
         height, width = self._image.shape[:2]
         seeds = seed_map(clicks, height, width, self._config.seed_radius, self._config.frame)
-        if seeds.all():  # nothing is left to cut; PyMaxflow crashes on the copy of a graph without edges
-            return (seeds == FOREGROUND).astype(np.float32)
-        graph = self._graph.copy()
-        never = self._add_regions(graph, seeds)
+        near, far, weights = self._links
+        graph = maxflow.GraphFloat(seeds.size, len(near))
+        nodes = graph.add_grid_nodes(seeds.shape)
+        never = self._add_regions(graph, nodes, seeds)
+        there = back = weights
         if self._star is not None and (seeds == FOREGROUND).any():
-            self._add_star(graph, seeds, never)
+            # An object that holds a pixel holds the whole shortest path from it to the nearest positive seed. A step of
+            # a path is between neighbours: edges of its own would only be more for the solver to look at.
+            image = self._image if self._star == "geodesic" else np.zeros_like(self._image)
+            parents = shortest_path_parents(image, seeds == FOREGROUND).ravel()
+            there, back = weights + never * (parents[near] == far), weights + never * (parents[far] == near)
+        graph.add_edges(near, far, there, back)
         graph.maxflow()
-        return np.logical_not(graph.get_grid_segments(self._nodes)).astype(np.float32)
+        return np.logical_not(graph.get_grid_segments(nodes)).astype(np.float32)
 
-    def _add_regions(self, graph: maxflow.GraphFloat, seeds: np.ndarray) -> float:
+    def _add_regions(self, graph: maxflow.GraphFloat, nodes: np.ndarray, seeds: np.ndarray) -> float:
         """What each pixel costs on either side: -log p(colour | side), or everything for a seed.
 
         Returns "everything": more than all that may be cut together, so that no cut separates a seed from its side.
@@ -61,35 +68,37 @@ class GraphCut:
         sink = np.where(seeds.ravel() == BACKGROUND, never, costs[FOREGROUND] - least)
         source[seeds.ravel() == BACKGROUND] = 0
         sink[seeds.ravel() == FOREGROUND] = 0
-        graph.add_grid_tedges(self._nodes, source.reshape(seeds.shape), sink.reshape(seeds.shape))
+        graph.add_grid_tedges(nodes, source.reshape(seeds.shape), sink.reshape(seeds.shape))
         return never
 
-    def _add_star(self, graph: maxflow.GraphFloat, seeds: np.ndarray, never: float) -> None:
-        """An object that holds a pixel holds the whole shortest path from it to the nearest positive seed."""
-        image = self._image if self._star == "geodesic" else np.zeros_like(self._image)
-        parents = shortest_path_parents(image, seeds == FOREGROUND)
-        inside = parents >= 0
-        children, parents = self._nodes[inside], self._nodes.ravel()[parents[inside]]
-        graph.add_edges(children.ravel(), parents, np.full(len(children), never), np.zeros(len(children)))
+
+class Links(NamedTuple):
+    """Pairs of neighbouring pixels, as flat indices int64 [E], and what it costs to cut each: float64 [E]."""
+
+    near: np.ndarray
+    far: np.ndarray
+    weights: np.ndarray
 
 
-def smoothness_graph(image: np.ndarray, gamma: float) -> tuple[maxflow.GraphFloat, np.ndarray]:
-    """A graph with one node per pixel of `image`, float64 [H, W, 3] in [0, 1], and its node numbers, int [H, W].
+def neighbour_links(image: np.ndarray, gamma: float) -> Links:
+    """Each pair of eight neighbours in `image`, float64 [H, W, 3] in [0, 1], once.
 
-    Neighbours p, q of eight are joined by gamma * exp(-|I_p - I_q|^2 / (2 sigma^2)) / |p - q|, where sigma^2 is the
-    mean of |I_p - I_q|^2 over the photo.
+    Neighbours p, q are joined by gamma * exp(-|I_p - I_q|^2 / (2 sigma^2)) / |p - q|, where sigma^2 is the mean of
+    |I_p - I_q|^2 over the photo. Those of one pixel follow each other: the solver finds them together in memory.
     """
     height, width = image.shape[:2]
     pairs = [_differences(image, offset) for offset in _NEIGHBOURS]
     variance = np.concatenate([squared.ravel() for squared in pairs]).mean() if height * width > 1 else 0.0
-    graph = maxflow.GraphFloat(height * width, 4 * height * width)
-    nodes = graph.add_grid_nodes((height, width))
-    for (down, right), squared in zip(_NEIGHBOURS, pairs, strict=True):
-        weights = gamma * np.exp(-squared / (2 * variance if variance else 1)) / np.hypot(down, right)
+    pixels = np.arange(height * width).reshape(height, width)
+    far = np.full((height, width, len(_NEIGHBOURS)), -1)
+    weights = np.zeros(far.shape)
+    for k, ((down, right), squared) in enumerate(zip(_NEIGHBOURS, pairs, strict=True)):
         rows, columns = _overlap(height, down), _overlap(width, right)
-        near, far = nodes[rows[0], columns[0]].ravel(), nodes[rows[1], columns[1]].ravel()
-        graph.add_edges(near, far, weights.ravel(), weights.ravel())
-    return graph, nodes
+        far[rows[0], columns[0], k] = pixels[rows[1], columns[1]]
+        weights[rows[0], columns[0], k] = gamma * np.exp(-squared / (2 * variance or 1)) / np.hypot(down, right)
+    is_pair = far >= 0
+    near = np.broadcast_to(pixels[:, :, None], far.shape)
+    return Links(near[is_pair], far[is_pair], weights[is_pair])
 
 
 def _differences(image: np.ndarray, offset: tuple[int, int]) -> np.ndarray:

@@ -7,7 +7,8 @@ import numpy as np
 from mis_platform.config import SourcesConfig, plain
 from mis_platform.data.proposals import Proposals
 
-VERSIONS = {"tokencut": 1, "dsm": 1, "freemask": 1}  # raised when a method's masks change
+# Raised when a method's masks change. freemask 2: boxes from rows and columns with a pixel, not from ends and pixels.
+VERSIONS = {"tokencut": 1, "dsm": 1, "freemask": 2}
 
 
 def propose(

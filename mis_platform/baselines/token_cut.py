@@ -49,8 +49,7 @@ def salient_patches(features: np.ndarray, tau: float) -> np.ndarray | None:
 
     A connected set of patches (4 neighbours), never empty, never all.
     """
-    directions = unit_rows(features)
-    affinity = np.where(directions @ directions.T > tau, 1.0, WEAK_EDGE)
+    affinity = patch_affinity(features, tau)
     if is_uniform(affinity):
         return None
     vector = laplacian_eigenvectors(affinity, 1)[:, 0]
@@ -60,6 +59,12 @@ def salient_patches(features: np.ndarray, tau: float) -> np.ndarray | None:
         side = ~side
     labels, _ = ndimage.label(side.reshape(features.shape[:2]))
     return labels == labels.flat[seed]
+
+
+def patch_affinity(features: np.ndarray, tau: float) -> np.ndarray:
+    """float64 [N, N]: 1 between patches of a cosine similarity above tau, WEAK_EDGE between others."""
+    directions = unit_rows(features)
+    return np.where(directions @ directions.T > tau, 1.0, WEAK_EDGE)
 
 
 def largest_component(mask: np.ndarray) -> np.ndarray:

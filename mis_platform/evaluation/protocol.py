@@ -4,11 +4,15 @@ The published evaluators take one object at a time. Here up to `batch` objects, 
 together, and a new one starts as soon as one is done; clicks and order of the rows are those of one at a time.
 """
 
+import contextlib
 import logging
+import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import dropwhile, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +28,8 @@ from mis_platform.simulation.clicks import Click
 from mis_platform.threads import in_threads
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE_FOLDER = f"{Path(__file__).parent.parent}{os.sep}"
 
 Row = dict[str, Any]  # dataset, image_id, object_id, click (from 1), y, x (pixels), positive, iou, ms
 
@@ -105,12 +111,13 @@ def evaluate_click_model(
     """`evaluate` for anything that answers clicks at image size, one object at a time: no zoom-in, no flips.
 
     The mask is the answer above `config.threshold`. `ms` is the model's own time for the click; what it does once for
-    a photo counts for the first click of the photo's first object. Raises DataError as `evaluate` does, and for an
-    answer of another shape, with NaN, or outside [0, 1].
+    a photo counts for the first click of the photo's first object. Raises DataError as `evaluate` does, for an answer
+    of another shape, with NaN, or outside [0, 1], and for any error of a model that is not of this package.
     """
     for sample in samples:
         started = time.perf_counter()
-        model.set_image(sample.image)
+        with _told(model, f"{sample.dataset}: photo {sample.image_id}", "set_image"):
+            model.set_image(sample.image)
         preparing = time.perf_counter() - started
         for object_id, target in _targets(sample, on_excluded):
             yield from _click_through(model, sample, object_id, target, config, preparing)
@@ -123,22 +130,47 @@ def _click_through(
     """All clicks on one object. preparing: seconds that the model took for the photo."""
     answer = np.zeros(target.shape, np.float32)
     clicks: list[Click] = []
+    where = f"{sample.dataset}: photo {sample.image_id}, object {object_id}"
     while True:
         click = next_click(target, answer > config.threshold, clicks)
         clicks.append(click)
         started = time.perf_counter()
-        answer = model.predict(tuple(clicks), answer)
+        with _told(model, f"{where}, click {len(clicks)}", "predict"):
+            answer = model.predict(tuple(clicks), answer)
         ms = 1000 * (time.perf_counter() - started + (preparing if len(clicks) == 1 else 0))
-        _check_answer(answer, target, f"{sample.dataset}: photo {sample.image_id}, object {object_id}")
+        _check_answer(answer, target, where)
         score = iou(target, answer > config.threshold)
         yield _row((sample.dataset, sample.image_id, object_id), len(clicks), click, score, ms)
         if _is_over(len(clicks), score, config):
             return
 
 
+@contextlib.contextmanager
+def _told(model: ClickModel, where: str, method: str) -> Iterator[None]:
+    """An error of somebody else's class is told with what it was asked; one of this package is ours and stays."""
+    try:
+        yield
+    except Exception as error:
+        kind = type(model)
+        if kind.__module__.startswith("mis_platform."):
+            raise
+        raise DataError(f"{where}: {kind.__module__}:{kind.__qualname__}.{method}: {told(error)}") from error
+
+
+def told(error: BaseException) -> str:
+    """Kind and text of an error that somebody else's code raised, and the deepest line of the file that we called."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = list(dropwhile(lambda frame: frame.filename.startswith(_PACKAGE_FOLDER), frames))
+    lines = [frame for frame in theirs if frame.filename == theirs[0].filename]
+    return f"{text} ({lines[-1].filename}, line {lines[-1].lineno})" if lines else text
+
+
 def _check_answer(answer: Any, target: np.ndarray, where: str) -> None:
     if not isinstance(answer, np.ndarray) or answer.shape != target.shape:
         raise DataError(f"{where}: the answer must be an array of {target.shape}, not {getattr(answer, 'shape', None)}")
+    if answer.dtype.kind not in "bfui":
+        raise DataError(f"{where}: the answer must hold real numbers, not {answer.dtype}")
     if not (answer.min() >= 0 and answer.max() <= 1):  # also true for NaN
         raise DataError(f"{where}: the answer must lie in [0, 1], it is in [{answer.min()}, {answer.max()}]")
 

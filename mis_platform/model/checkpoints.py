@@ -69,11 +69,10 @@ def import_checkpoint(path: str | Path, directory: str | Path, refine: str | Non
     one that is refined by f-BRS-B at every click. Nothing is written unless the whole file is right.
     Raises ValueError for a file that is missing, damaged, no such checkpoint, or names Python objects that have no
     place in one, and for the first tensor of a wrong shape or type, unknown, missing or not finite, by its name; and
-    if `directory` already holds a model.
+    if `directory` already holds a model, or cannot be made.
     """
     path, directory = Path(path), Path(directory)
-    if (directory / WEIGHTS_FILE).exists():
-        raise ValueError(f"{directory} already holds a model; choose another directory")
+    _check_folder(directory)
     with _open(path) as source:
         described = _tensors(source.content, path)
         layout = {name: each.on_meta() for name, each in described.items()}
@@ -93,8 +92,26 @@ def import_checkpoint(path: str | Path, directory: str | Path, refine: str | Non
         **({"refine": refine} if refine else {}),
     }
     config["licence"] = licence_of(config)
+    _make_folder(directory)
     save_model(directory, model, config)
     return {**config, "variant": variant, "image_size": image_size}
+
+
+def _check_folder(directory: Path) -> None:
+    """Raises ValueError for what is seen to be no place for a model before the checkpoint is read."""
+    nearest = next(each for each in (directory, *directory.parents) if each.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file; a model is a folder of files, choose another directory")
+    if (directory / WEIGHTS_FILE).exists():
+        raise ValueError(f"{directory} already holds a model; choose another directory")
+
+
+def _make_folder(directory: Path) -> None:
+    """Raises ValueError where there can be none; a full disk or a lost one is no matter of the path and stays."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"{directory}: no folder can be made there ({error.strerror}); choose another one") from None
 
 
 def _eval_settings(family: str, class_name: str | None) -> dict[str, Any]:

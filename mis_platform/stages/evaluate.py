@@ -49,6 +49,7 @@ from mis_platform.evaluation.protocol import (
     evaluate_click_model,
     protocol_fingerprint,
     robot_settings,
+    told,
 )
 from mis_platform.evaluation.session import Network
 from mis_platform.model.weights import CONFIG_FILE, WEIGHTS_FILE
@@ -58,7 +59,7 @@ from mis_platform.stages import cluster
 from mis_platform.storage import Storage
 
 VERSION = 2  # 2: among equally deep errors the first is clicked, not one by chance
-OVERLAP_VERSION = 2  # of `evaluate_proposals`
+OVERLAP_VERSION = 3  # of `evaluate_proposals`; 3: counts photos without a proposal
 
 GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU
 
@@ -124,9 +125,9 @@ def evaluate_proposals(
     """The best IoU that any proposal reaches on each object: parts `overlap-*.parquet` (OVERLAPS) in `out`.
 
     proposals: a finished artifact of merge trees, all nodes of which count, or of masks. The summary has the mean best
-    overlap, the median, the share of objects above 0.5, 0.7 and 0.85, and over the photos the mean number of proposals
-    and their median size; photos without any (quarantined) and objects without a pixel are listed there and count
-    nowhere. Raises DataError as above.
+    overlap, the median, the share of objects above 0.5, 0.7 and 0.85, over the photos the mean number of proposals and
+    their median size, and the share of photos in which none was found; photos without any (quarantined) and objects
+    without a pixel are listed there and count nowhere. Raises DataError as above.
     """
     job = Overlapping(_absolute(dataset), proposals, are_trees)
     with cluster.cluster(out, dataset):
@@ -134,18 +135,24 @@ def evaluate_proposals(
     overlaps = _column(out, found, "best_iou")
     if not overlaps.size:
         raise DataError(f"{dataset.name} in {dataset.root} has no object with a proposal to score")
-    sizes = _column(out, found, "proposal_area")
+    sizes, counts = (_column(out, found, name) for name in ("proposal_area", "proposals"))
     summary: Row = {
         "images": len(dataset),
         "objects": len(overlaps),
         "mean_best_overlap": round(float(overlaps.mean(dtype=np.float64)), 4),
         "median_best_overlap": round(float(np.median(overlaps)), 4),
-        "proposals": round(float(_column(out, found, "proposals").mean(dtype=np.float64)), 2),
+        "proposals": round(float(counts.mean(dtype=np.float64)), 2),
+        "share_of_photos_without": round(_share_without(_column(out, found, "image_id"), counts), 4),
         "median_proposal_area": round(float(np.nanmedian(sizes)), 4) if np.isfinite(sizes).any() else 0.0,
     }
     summary |= {f"share_above_{iou:g}": round(float((overlaps > iou).mean()), 4) for iou in GOOD_OVERLAPS}
     summary["excluded"] = [each for part in found for each in part.excluded]
     return _output(found, summary)
+
+
+def _share_without(image_ids: np.ndarray, counts: np.ndarray) -> float:
+    """The share of photos that have no proposal. image_ids: object [objects]; counts: int32 [objects], equal in one."""
+    return len(np.unique(image_ids[counts == 0])) / len(np.unique(image_ids))
 
 
 def _settings(config: EvalConfig) -> Row:
@@ -243,13 +250,23 @@ def method_identity(method: str, classical: ClassicalConfig) -> Row:
     """What decides the answers of a method: its settings, or the source of the module it comes from."""
     if ":" not in method:
         return {"name": method, "version": METHODS_VERSION, "settings": plain(classical)}
-    source = inspect.getsource(importlib.import_module(_own_class(method).__module__))
+    try:
+        source = inspect.getsource(importlib.import_module(_own_class(method).__module__))
+    except (OSError, TypeError) as error:
+        raise ValueError(f"method={method}: {error}; it is addressed by the source of its module") from None
     return {"name": method, "source": hashlib.sha256(source.encode()).hexdigest()}
 
 
 def build_click_model(method: str, classical: ClassicalConfig) -> ClickModel:
-    """A new ClickModel. Raises ValueError if `method` names none."""
-    return build_method(method, classical) if ":" not in method else _own_class(method)()
+    """A new ClickModel. Raises ValueError if `method` names none, or one whose constructor fails."""
+    if ":" not in method:
+        return build_method(method, classical)
+    model = _own_class(method)
+    try:
+        built: ClickModel = model()
+    except Exception as error:  # anything, as it is not our code
+        raise ValueError(f"method={method}: its constructor, called without arguments: {told(error)}") from error
+    return built
 
 
 def _own_class(method: str) -> type[Any]:
@@ -257,8 +274,9 @@ def _own_class(method: str) -> type[Any]:
     module, _, name = method.partition(":")
     try:
         model: type[Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"method={method}: {error}; the module must be importable, e.g. with PYTHONPATH") from None
+    except Exception as error:  # anything, as it is not our code
+        reason = error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"method={method}: {reason}; the module must be importable, e.g. with PYTHONPATH") from error
     for needed in ("set_image", "predict"):
         if not callable(getattr(model, needed, None)):
             raise ValueError(f"method={method}: a ClickModel needs {needed}(), see docs/click-models.md")

@@ -89,6 +89,44 @@ def test_twenty_five_steps_come_near_the_dense_solution() -> None:
     assert np.abs(solve(grid, target, 0.999, 256.0) - exact).max() < 0.02
 
 
+def written_again(image: np.ndarray, target: np.ndarray, confidence: float, smoothness: float) -> tuple:
+    """(solution of each pixel, steps) with dense matrices and the published numbers, step by step."""
+    vertex, blur = dense_blur(image, SIGMAS)
+    counts = np.bincount(vertex).astype(float)
+    scale = np.ones(len(counts))
+    for _ in range(10):
+        scale = np.sqrt(scale * counts / (blur @ scale))
+    balanced = scale[:, None] * blur * scale
+    matrix = smoothness * (np.diag(balanced.sum(axis=1)) - balanced) + np.diag(confidence * counts)
+    right = confidence * np.bincount(vertex, target.ravel())
+    found = np.bincount(vertex, target.ravel()) / counts
+    residual = right - matrix @ found
+    weighted = residual / np.maximum(np.diag(matrix), 1e-5)
+    direction, steps = weighted, 0
+    while steps < 25 and np.linalg.norm(residual) >= 1e-5 * np.linalg.norm(right):
+        length = (residual @ weighted) / (direction @ matrix @ direction)
+        found = found + length * direction
+        smaller = residual - length * (matrix @ direction)
+        reweighted = smaller / np.maximum(np.diag(matrix), 1e-5)
+        direction = reweighted + (smaller @ reweighted) / (residual @ weighted) * direction
+        residual, weighted, steps = smaller, reweighted, steps + 1
+    return found[vertex], steps
+
+
+@pytest.mark.parametrize(
+    ("confidence", "smoothness", "steps"),
+    [(0.999, 256.0, 25), (0.999, 16.0, 16), (1e-6, 1e-5, 16)],
+    ids=["all steps", "until the residual is small", "a diagonal below its floor"],
+)
+def test_the_published_solver_step_by_step(confidence: float, smoothness: float, steps: int) -> None:
+    image = photo(60, 80)
+    target = (np.random.default_rng(1).random((60, 80)) > 0.4).astype(float)
+    expected, made = written_again(image, target, confidence, smoothness)
+    assert made == steps
+    found = refine(image, target, sigmas=SIGMAS, smoothness=smoothness, confidence=confidence)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=1e-9)
+
+
 def test_without_smoothness_each_vertex_keeps_its_mean() -> None:
     image = photo(20, 30)
     grid = build_grid(image, *SIGMAS)

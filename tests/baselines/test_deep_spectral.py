@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mis_platform.baselines.deep_spectral import (
+    _lloyd,
+    _spread_centres,
     background_label,
     color_neighbours,
     deep_spectral,
@@ -111,6 +113,15 @@ def test_k_means_finds_the_best_partition(seed: int) -> None:
     best = min(naive_cost(points, labels) for labels in itertools.product(range(3), repeat=9))
     found = k_means(points, 3, np.random.default_rng(seed))
     assert naive_cost(points, tuple(found)) == pytest.approx(best)
+
+
+def test_k_means_starts_ten_times() -> None:
+    points = np.random.default_rng(0).standard_normal((30, 2))
+    rng, other = np.random.default_rng(1), np.random.default_rng(1)
+    found = k_means(points, 4, rng)
+    costs = [_lloyd(points, _spread_centres(points, 4, other))[1] for _ in range(10)]
+    assert naive_cost(points, tuple(found)) == pytest.approx(min(costs))
+    assert rng.bit_generator.state == other.bit_generator.state
 
 
 def test_k_means_with_fewer_points_than_clusters() -> None:

@@ -89,14 +89,22 @@ def test_matrix_nms_of_nothing() -> None:
 
 
 def test_a_repeated_mask_loses_and_masks_of_one_patch_are_dropped() -> None:
-    soft = np.zeros((4, 10), np.float32)
+    soft = np.zeros((5, 12), np.float32)
     soft[0, :4] = 1.0
     soft[1, :4] = 0.9  # the same again
-    soft[2, 6:] = 0.8
+    soft[2, 6:10] = 0.8
     soft[3, 5] = 1.0  # one patch
+    soft[4, 10:] = 0.7  # two are a mask
     found, scores = distinct(soft, FreeMaskConfig())
-    np.testing.assert_array_equal(found, soft[[0, 2, 1]])
-    np.testing.assert_allclose(scores, [1.0, 0.8, 0.9 * np.exp(-2)], rtol=1e-6)
+    np.testing.assert_array_equal(found, soft[[0, 2, 4, 1]])
+    np.testing.assert_allclose(scores, [1.0, 0.8, 0.7, 0.9 * np.exp(-2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("contrast", "is_answer"), [(2e-5, True), (5e-6, False)])
+def test_rounding_is_no_answer(contrast: float, is_answer: bool) -> None:
+    """Two patches whose cosine is 1 - contrast."""
+    features = np.array([[[1, 0], [1, np.sqrt(2 * contrast)]]], np.float32)
+    assert len(soft_masks(features, (1.0,))) == (2 if is_answer else 0)
 
 
 @pytest.mark.parametrize(("old", "new"), [((5, 7), (11, 20)), ((8, 6), (4, 3)), ((1, 4), (3, 9)), ((1, 1), (2, 2))])
@@ -118,5 +126,26 @@ def test_boxes_that_are_no_objects() -> None:
     mask[21] = False
     mask[20, :50] = True
     assert not is_object_like(mask, config)
-    mask[90, 0] = True  # the centre of mass moves below row 20
+    mask[21, 0] = True  # how many pixels a row has does not count: the mean of the two is 20.5
     assert is_object_like(mask, config)
+
+
+def test_a_mask_in_two_parts_is_as_wide_as_both() -> None:
+    config = FreeMaskConfig()
+    mask = np.zeros((100, 200), bool)
+    mask[50:60, :20] = mask[50:60, -20:] = True  # from side to side, but 40 columns
+    assert is_object_like(mask, config)
+    mask[70, 20:169] = True  # 189 columns
+    assert is_object_like(mask, config)
+    mask[70, 169] = True  # 190 of 200 columns
+    assert not is_object_like(mask, config)
+
+
+def test_a_proposal_in_two_parts_is_kept() -> None:
+    """Both ends of the photo show the same thing."""
+    labels = np.zeros((20, 30), int)
+    labels[8:14, :6] = labels[8:14, -6:] = 1
+    features = np.eye(8, dtype=np.float32)[labels]
+    found = free_mask(np.zeros((160, 240, 3), np.uint8), features, FreeMaskConfig())
+    expected = np.kron(labels == 1, np.ones((8, 8), bool))
+    assert max(iou(mask, expected) for mask in found.masks) > 0.9

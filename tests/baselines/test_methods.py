@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 
+import maxflow
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -81,6 +82,17 @@ def test_a_density_without_seeds_is_uniform_and_one_seed_is_enough() -> None:
     assert log_density(colors, colors[2:3]).argmax() == 2
 
 
+@pytest.mark.parametrize("kinds", [5, 6])
+def test_a_side_has_five_colours(kinds: int) -> None:
+    """Five colours have a Gaussian each, as narrow as allowed; of six, two share one."""
+    axis = (0.1, 0.9)
+    colors = np.array(list(itertools.product(axis, axis, axis)))[:kinds]
+    peaks = np.exp(log_density(colors, np.repeat(colors, 100, axis=0)))
+    alone = 0.95 / kinds * (2 * np.pi * 1e-3) ** -1.5 + 0.05
+    assert np.isclose(peaks, alone, rtol=1e-3).sum() == (5 if kinds == 5 else 4)
+    assert np.isclose(peaks, alone, rtol=1e-3).sum() + (peaks < alone / 2).sum() == kinds
+
+
 def test_neighbours_are_joined_by_contrast() -> None:
     """The graph's minimum cut is that of SciPy on the formula, pixel by pixel."""
     image = noise(6, 7).astype(np.float64) / 255
@@ -99,9 +111,13 @@ def test_neighbours_are_joined_by_contrast() -> None:
         one, other = np.ravel_multi_index(p, (height, width)), np.ravel_multi_index(q, (height, width))
         capacities[one, other] = capacities[other, one] = round(weight * 1e6)
     expected = maximum_flow(csr_array(capacities.astype(np.int32)), 8, 40).flow_value
-    graph, nodes = graph_cut.smoothness_graph(image, gamma)
-    graph.add_tedge(nodes.ravel()[8], 1e6, 0)
-    graph.add_tedge(nodes.ravel()[40], 0, 1e6)
+    near, far, weights = graph_cut.neighbour_links(image, gamma)
+    assert len(near) == len(pairs)
+    graph = maxflow.GraphFloat()
+    graph.add_nodes(height * width)
+    graph.add_edges(near, far, weights, weights)
+    graph.add_tedge(8, 1e6, 0)
+    graph.add_tedge(40, 0, 1e6)
     assert graph.maxflow() == pytest.approx(expected / 1e6, abs=1e-4)
 
 

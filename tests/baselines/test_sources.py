@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mis_platform.baselines.sources import propose, source_settings
-from mis_platform.config import Run, SourcesConfig, canonical, override
+from mis_platform.config import ClassicalConfig, Run, SourcesConfig, canonical, override, plain
 from mis_platform.data.proposals import Proposals
 
 SOURCES = ("tokencut", "dsm", "freemask")
@@ -100,7 +100,9 @@ def test_a_photo_of_480x320_takes_seconds_at_most(source: str) -> None:
     image, features = photo(320, 480), blobs((40, 60))
     start = time.process_time()
     propose(source, image, features, SourcesConfig(), np.random.default_rng(0))
-    assert time.process_time() - start < 8  # 0.2 to 0.6 on one core of a quiet machine
+    # Processor time: 0.1 to 0.6 on a quiet machine; the target of 2 is measured by benchmarks/methods.py. This bound is
+    # for machines that are busy or slow, against methods that have become hopeless.
+    assert time.process_time() - start < 8
 
 
 def test_what_a_person_can_fix_is_said() -> None:
@@ -123,6 +125,22 @@ def test_settings_are_those_of_the_source_alone() -> None:
         assert source_settings(source, config)["version"] >= 1
     with pytest.raises(ValueError, match="there are: tokencut"):
         source_settings("labels", config)
+
+
+def test_defaults_are_the_published_values() -> None:
+    """Those of the authors' code, and gamma of Gulshan et al.; what stands beside gamma was chosen on GrabCut."""
+    assert plain(SourcesConfig()) == {
+        "tokencut": {
+            **{"tau": 0.2, "sigma_spatial": 16, "sigma_luma": 16, "sigma_chroma": 8},
+            **{"solver_lambda": 256, "confidence": 0.999},
+        },
+        "dsm": {"clusters": 4, "eigenvectors": 5, "color_weight": 0},
+        "freemask": {
+            **{"scales": [1, 0.5, 0.25], "mask_threshold": 0.5, "nms_sigma": 2, "keep": 20},
+            **{"min_maskness": 0.7, "min_center_row": 0.2, "max_box_width": 0.95},
+        },
+    }
+    assert plain(ClassicalConfig()) == {"gamma": 150, "seed_radius": 5, "frame": True, "beta": 1000}
 
 
 _A_SETTING = {"tokencut": "tau=0.3", "dsm": "clusters=5", "freemask": "scales=[1.0]"}

@@ -6,7 +6,7 @@ from scipy.linalg import eigh
 
 from mis_platform.baselines import token_cut as module
 from mis_platform.baselines.spectrum import laplacian_eigenvectors
-from mis_platform.baselines.token_cut import largest_component, salient_patches, token_cut
+from mis_platform.baselines.token_cut import largest_component, patch_affinity, salient_patches, token_cut
 from mis_platform.config import TokenCutConfig
 
 
@@ -119,6 +119,29 @@ def test_a_refined_mask_that_lost_the_object_is_not_used(monkeypatch: pytest.Mon
     holed[79, 119] = 1
     monkeypatch.setattr(module, "refine", lambda *_, **__: holed)
     np.testing.assert_array_equal(token_cut(image, features_of(labels), TokenCutConfig()).masks[0], coarse)
+
+
+@pytest.mark.parametrize(("rows", "is_used"), [(11, False), (12, True)])
+def test_a_refined_mask_shares_half_with_the_coarse_one(
+    rows: int, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coarse mask has 24 rows of pixels."""
+    labels = square((10, 15))
+    coarse = np.kron(labels, np.ones((8, 8))) > 0
+    part = coarse.copy()
+    part[16 + rows :] = False
+    monkeypatch.setattr(module, "refine", lambda *_, **__: part.astype(float))
+    found = token_cut(np.zeros((80, 120, 3), np.uint8), features_of(labels), TokenCutConfig()).masks[0]
+    np.testing.assert_array_equal(found, part if is_used else coarse)
+
+
+def test_unlike_patches_are_joined_weakly() -> None:
+    features = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    flat = features.reshape(12, 5).astype(float)
+    found = patch_affinity(features, 0.2)
+    for i, j in np.ndindex(12, 12):
+        cosine = flat[i] @ flat[j] / np.sqrt((flat[i] @ flat[i]) * (flat[j] @ flat[j]))
+        assert found[i, j] == (1 if cosine > 0.2 else 1e-5)
 
 
 def test_tau_decides_which_patches_are_alike() -> None:

@@ -141,6 +141,13 @@ def test_objects_are_chosen_uniformly_and_sometimes_two() -> None:
     assert stats.chisquare(pairs).pvalue > 1e-3
 
 
+def test_the_first_draw_says_whether_two_are_merged() -> None:
+    objects = [np.eye(3, dtype=bool), np.fliplr(np.eye(3, dtype=bool))]
+    for seed in range(2000):
+        is_merged = bool(choose_target(objects, np.random.default_rng(seed)).parts[1:])
+        assert is_merged == (np.random.default_rng(seed).random() < 0.15)
+
+
 def test_two_merged_objects_leave_no_other() -> None:
     rng = np.random.default_rng(0)
     merged = [each for each in (choose_target(three_squares()[:2], rng) for _ in range(200)) if each.parts]

@@ -170,6 +170,16 @@ def test_when_a_search_ends(network: Small, photo: np.ndarray) -> None:
     assert search(zeros + 2.0)[1].any()  # and moves again
 
 
+@pytest.mark.parametrize(("kept", "is_settled"), [(989, False), (991, True)])
+def test_a_mask_settles_when_less_than_a_hundredth_changes(kept: int, is_settled: bool, network: Small) -> None:
+    """Of 1000 pixels."""
+    before, after = torch.zeros(1, 1, 40, 50), torch.zeros(1, 1, 40, 50)
+    before.view(-1)[:1000] = after.view(-1)[:kept] = 1
+    search = Search(network, torch.zeros(1, 24, 20, 25), ClickMaps(before, 1 - before), 0.49)
+    assert not search._is_settled(before)
+    assert search._is_settled(after) == is_settled
+
+
 def test_click_maps() -> None:
     maps = click_maps([Click(0, 0, True), Click(2.5, 4, False), Click(9, 6.2, False)], (10, 8), flip=True)
     assert maps.positive.shape == maps.negative.shape == (2, 1, 10, 8)

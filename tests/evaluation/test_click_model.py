@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_platform.config import EvalConfig
+from mis_platform.baselines.methods import build_method
+from mis_platform.config import ClassicalConfig, EvalConfig
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import Excluded, Sample, evaluate_click_model
 from mis_platform.simulation.clicks import Click
@@ -110,6 +111,9 @@ def test_objects_without_a_pixel_are_left_out_and_told() -> None:
         np.full((40, 50), np.nan, np.float32),
         np.full((40, 50), 1.5, np.float32),
         np.full((40, 50), -3.0, np.float32),
+        np.full((40, 50), 0.5, np.complex64),
+        np.full((40, 50), "0.5"),
+        np.full((40, 50), 0.5, object),
         [[0.5]],
         None,
     ],
@@ -121,3 +125,50 @@ def test_an_answer_that_is_none(answer: Any) -> None:
 
     with pytest.raises(DataError, match=r"toy: photo photo, object 0: the answer must"):
         list(evaluate_click_model(Broken(), [sample(square())], EvalConfig()))
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, np.float16, np.float64])
+def test_an_answer_of_any_real_kind(kind: type) -> None:
+    class Sure(Discs):
+        def predict(self, clicks: Sequence[Click], previous: np.ndarray) -> np.ndarray:
+            return (square() == 1).astype(kind)
+
+    (row,) = evaluate_click_model(Sure(), [sample(square())], EvalConfig())
+    assert row["iou"] == 1
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, IndexError, KeyError, FileNotFoundError, ValueError, MemoryError])
+@pytest.mark.parametrize("method", ["set_image", "predict"])
+def test_an_error_of_somebody_elses_class_says_where_it_was(kind: type[Exception], method: str) -> None:
+    error = kind() if kind is MemoryError else kind("no such layer")
+
+    class Failing(Discs):
+        def set_image(self, image: np.ndarray) -> None:
+            if method == "set_image":
+                raise error
+            super().set_image(image)
+
+        def predict(self, clicks: Sequence[Click], previous: np.ndarray) -> np.ndarray:
+            if len(clicks) == 2:
+                raise error
+            return super().predict(clicks, previous)
+
+    with pytest.raises(DataError) as caught:
+        list(evaluate_click_model(Failing(), [sample(square())], EvalConfig()))
+    asked = "" if method == "set_image" else ", object 0, click 2"
+    said = str(caught.value)
+    assert said.startswith(f"toy: photo photo{asked}: {Failing.__module__}:{Failing.__qualname__}.{method}: ")
+    assert kind.__name__ in said
+    assert str(error) in said
+    assert "test_click_model.py, line " in said
+    assert caught.value.__cause__ is error
+
+
+def test_an_error_of_a_method_of_ours_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    model = build_method("graphcut", ClassicalConfig())
+    monkeypatch.setattr(type(model), "predict", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        list(evaluate_click_model(model, [sample(square())], EvalConfig()))

@@ -175,6 +175,21 @@ def test_a_model_is_not_overwritten(hrnet: State, tmp_path: Path) -> None:
         import_checkpoint(path, tmp_path / "m")
 
 
+@pytest.mark.parametrize("below", ["", "deeper/m"])
+def test_a_file_is_no_folder_for_a_model(below: str, hrnet: State, tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pth", official(hrnet, HRNET))
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=r"x\.pth is a file; a model is a folder of files"):
+        import_checkpoint(path, path / below)
+    assert path.read_bytes() == content
+
+
+def test_a_place_where_no_folder_can_be_made(hrnet: State, tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pth", official(hrnet, HRNET))
+    with pytest.raises(ValueError, match=r"/proc/no-such-model: no folder can be made there \(No such file"):
+        import_checkpoint(path, "/proc/no-such-model")
+
+
 # -- settings --------------------------------------------------------------------------------------------------------
 
 

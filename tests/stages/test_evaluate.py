@@ -217,11 +217,17 @@ def test_overlaps_on_the_cluster(benchmark: Dataset, trees: Storage, tmp_path: P
     assert output.summary["mean_best_overlap"] == round(float(np.mean(ious)), 4)
     assert output.summary["median_best_overlap"] == round(float(np.median(ious)), 4)
     assert output.summary["share_above_0.7"] == round(sum(iou > 0.7 for iou in ious) / len(ious), 4)
+    assert output.summary["share_of_photos_without"] == 0
     assert len(output.summary["excluded"]) == 2
     assert {name: str(kind) for name, kind in zip(stage.OVERLAPS.names, stage.OVERLAPS.types)} == {
         **{"dataset": "string", "image_id": "string", "object_id": "string"},
         **{"best_iou": "float", "node": "int32", "area": "float", "proposals": "int32", "proposal_area": "float"},
     }
+
+
+def test_photos_without_a_proposal_are_counted_once() -> None:
+    image_ids = np.array(["a", "a", "a", "b", "c", "d", "d"], object)
+    assert stage._share_without(image_ids, np.array([0, 0, 0, 2, 1, 3, 3], np.int32)) == 0.25
 
 
 # -- clicks ----------------------------------------------------------------------------------------------------------
@@ -457,6 +463,18 @@ class Everything:
 
 class Nothing:
     pass
+
+class Wanting(Everything):
+    def __init__(self, weights):
+        pass
+
+class Weightless(Everything):
+    def __init__(self):
+        open("no-such-weights.pth")
+
+class Failing(Everything):
+    def predict(self, clicks, previous):
+        raise RuntimeError("out of memory")
 """
 
 
@@ -474,6 +492,41 @@ def test_a_class_of_ones_own_is_addressed_by_its_source(tmp_path: Path, monkeypa
         stage.build_click_model("own_click_model:Missing", ClassicalConfig())
     with pytest.raises(ValueError, match="the module must be importable"):
         stage.build_click_model("no_such_module:Model", ClassicalConfig())
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_broken_model.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "own_broken_model"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Wanting", r"missing 1 required positional argument: 'weights'"),
+        ("Weightless", r"FileNotFoundError: .*no-such-weights.pth' \(.*own_broken_model.py, line 20\)"),
+    ],
+)
+def test_a_class_that_cannot_be_built(own_module: str, name: str, said: str) -> None:
+    method = f"{own_module}:{name}"
+    with pytest.raises(ValueError, match=f"method={method}: its constructor, called without arguments: .*{said}"):
+        stage.build_click_model(method, ClassicalConfig())
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "def (", "open('nothing-here')"])
+def test_a_module_that_fails_when_it_is_imported(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_failing_module.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"method=own_failing_module:Model: .*; the module must be importable"):
+        stage.method_identity("own_failing_module:Model", ClassicalConfig())
+
+
+def test_an_error_of_ones_own_class_is_one_of_the_data(benchmark: Dataset, own_module: str) -> None:
+    job = stage.Answering(benchmark, f"{own_module}:Failing", ClassicalConfig(), CONFIG)
+    image_id = next(each for each in benchmark.image_ids if each != EMPTY)
+    with pytest.raises(DataError, match=rf"{image_id}, object .*:Failing.predict: RuntimeError: out of memory"):
+        job.score([image_id], lambda images, rows: None)
 
 
 def test_settings_of_a_classical_method_are_its_identity() -> None:
