@@ -30,6 +30,7 @@ from mis_platform.storage import TEMPORARY, Storage
 
 DRIVER = Path(__file__).with_name("precompute_driver.py")
 WORKERS = os.cpu_count() or 1  # of a cluster that a driver starts
+SHORT_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # until Ray gives a head up, instead of 60
 WORKER_BYTES = 2 * 2**30  # that a worker may hold, whatever the number of photos
 
 
@@ -344,7 +345,7 @@ def test_heads_are_killed_and_other_clusters_go_on(tmp_path: Path) -> None:
         rows, before = rows_in(out).keys() if kept else set(), len(computed(out))
         with (
             cluster_of(1, 1) as cluster,
-            start_driver(dataset, out, "--chunk", "4", RAY_ADDRESS=cluster.address) as child,
+            start_driver(dataset, out, "--chunk", "4", RAY_ADDRESS=cluster.address, **SHORT_PATIENCE) as child,
         ):
             if percent < 100:
                 wait_until(has_parts(out, percent * 200 // 4 // 100), child)
