@@ -621,9 +621,15 @@ def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:
 
 
 def compare_rows(sweep: Sweep) -> tuple[Comparison, list[Outcome]]:
-    """The report of what is there, and what it was made from; nothing is run."""
-    found = outcomes(sweep)
-    return compare(sweep.experiment, sweep.size, found, about(sweep)), found
+    """The report of what is there, and what it was made from; nothing is run. Says so when parts are of other code."""
+    found, known = outcomes(sweep), about(sweep)
+    if "," in known.get("commits", ""):
+        print(
+            f"sweep: not all of this was computed by the same code, but by the commits {known['commits']}; one that "
+            "changes results also changes the version of a stage, and is computed anew",
+            file=sys.stderr,
+        )
+    return compare(sweep.experiment, sweep.size, found, known), found
 
 
 def outcomes(sweep: Sweep) -> list[Outcome]:

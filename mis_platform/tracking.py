@@ -758,7 +758,7 @@ class _Spool:
     def __init__(self, shelf: Path) -> None:
         self.directory = shelf / uuid.uuid4().hex
         self.files = self.directory / "files"
-        self._events = 0  # in the file
+        self._events = self._bytes = 0  # in the file
         self._lock: int | None = None  # file descriptor
 
     def new_file(self, path: str) -> Path:
@@ -770,19 +770,22 @@ class _Spool:
     def save(self, events: Sequence[Event]) -> None:
         """Add events; the first is the run's opening."""
         self._claim()
-        with open(self.directory / EVENTS, "a", encoding="utf8") as stream:
-            stream.writelines(json.dumps(event) + "\n" for event in events)
+        lines = "".join(map(_line, events)).encode()
+        with open(self.directory / EVENTS, "ab") as stream:
+            stream.truncate(self._bytes)  # what a full disk left of an attempt before would tear the next line
+            stream.write(lines)
             stream.flush()
             os.fsync(stream.fileno())
         self._events += len(events)
+        self._bytes += len(lines)
 
     def clear(self, opening: Event) -> None:
         """Everything has been sent; that the run is open stays."""
         if self._events > 1:
             file, temporary = self.directory / EVENTS, self.directory / f"{TEMPORARY}{EVENTS}"
-            temporary.write_text(json.dumps(opening) + "\n", encoding="utf8")
+            temporary.write_bytes(line := _line(opening).encode())
             os.replace(temporary, file)
-            self._events = 1
+            self._events, self._bytes = 1, len(line)
 
     def release(self) -> None:
         """Leave it to the next process."""
@@ -861,6 +864,10 @@ def _orphans(shelf: Path, outbox: _Outbox) -> Iterator[_Orphan]:
                 os.close(lock)
                 continue
             yield _Orphan(directory, lock, outbox)
+
+
+def _line(event: Event) -> str:
+    return json.dumps(event) + "\n"
 
 
 def _read_events(file: Path) -> list[Event]:

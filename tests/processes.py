@@ -1,12 +1,16 @@
-"""Processes that tests start, kill and look after."""
+"""Processes that tests start, kill and look after; and this one without its rights."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+NOBODY = 65534
 
 
 def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
@@ -95,3 +99,29 @@ def memory(pid: int) -> int:
         return 0
     fields = dict(line.split(":", 1) for line in lines)
     return sum(1024 * int(fields.get(name, "0").split()[0]) for name in ("RssAnon", "RssFile"))
+
+
+@contextlib.contextmanager
+def common_ground() -> Iterator[Path]:
+    """A folder that every user may enter; pytest's are for their owner alone."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def without_rights() -> Iterator[None]:
+    """As a user whom the kernel denies what permissions deny: root never is, so where root runs the tests, as nobody.
+
+    What is imported meanwhile must have been imported before: nobody may not read root's Python.
+    """
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)

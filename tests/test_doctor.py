@@ -3,6 +3,10 @@
 import base64
 import http.server
 import json
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,32 +196,50 @@ def test_weights_that_are_given_are_looked_at(tmp_path):
     assert [each.state for each in doctor._weights([run])] == [OK, OK]
 
 
+# Two nodes; a path below /proc/self/cwd is, for each process, another folder: as unshared as two disks.
+STORY = """
+    import os, sys
+    from pathlib import Path
+    from ray.cluster_utils import Cluster
+    from mis_platform import doctor
+    from mis_platform.config import Resources
+    from mis_platform.storage import Storage
+
+    def told(root, data):
+        for each in doctor.examine(Storage(str(root)), data, Resources(), "ablation_alpha", "smoke"):
+            print(each.exit_code, each, flush=True)
+
+    folder = Path(sys.argv[1])
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        os.environ["RAY_ADDRESS"] = nodes.address
+        told(folder, folder)
+        print("-- apart", flush=True)
+        (folder / "here").mkdir()
+        os.chdir(folder / "here")
+        told("/proc/self/cwd", Path("/proc/self/cwd/.."))
+    finally:
+        nodes.shutdown()
+    """
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_every_node_is_asked_what_it_sees(tmp_path, monkeypatch):
-    """Two nodes; a path below /proc/self/cwd is, for each process, another folder: as unshared as two disks."""
-    import ray
-    from ray.cluster_utils import Cluster as Nodes
-
-    if ray.is_initialized():
-        pytest.skip("needs a Ray of its own: run it alone")
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        nodes.add_node(num_cpus=1)
-        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        here = tmp_path / "here"
-        here.mkdir()
-        shared = list(doctor.examine(Storage(str(tmp_path)), tmp_path, Resources(), "ablation_alpha", "smoke"))
-        assert any("2 node(s)" in str(each) for each in shared)
-        assert sum("seen by all 2 nodes" in str(each) for each in shared) == 2
-        monkeypatch.chdir(here)
-        own = Path("/proc/self/cwd")
-        apart = list(doctor.examine(Storage(str(own)), own / "..", Resources(), "ablation_alpha", "smoke"))
-        assert any("root: /proc/self/cwd is not the same directory on all 2 nodes" in str(each) for each in apart)
-        assert max(each.exit_code for each in apart) == 2
-    finally:
-        nodes.shutdown()
+def test_every_node_is_asked_what_it_sees(tmp_path):
+    """In a process of its own: this one may have joined another Ray."""
+    repository = Path(doctor.__file__).parent.parent
+    paths = os.pathsep.join([str(repository), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}
+    command = [sys.executable, "-c", textwrap.dedent(STORY), str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shared, apart = done.stdout.split("-- apart")
+    assert "2 node(s)" in shared
+    assert shared.count("seen by all 2 nodes") == 2, shared
+    assert "root: /proc/self/cwd is not the same directory on all 2 nodes" in apart
+    assert max(int(line.split()[0]) for line in apart.splitlines() if line[:1].isdigit()) == 2, apart
 
 
 def test_memory_and_disk_are_counted_for_the_runs_that_were_named(tmp_path, monkeypatch):

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import common_ground, without_rights
 from training_material import tiny_run
 
 from mis_platform import cli, tracking
@@ -113,6 +116,40 @@ def test_an_mlflow_store_that_does_not_fit_is_told_in_one_line(disk: Disk, monke
     tracking.connect(root).search_experiments()
 
 
+def test_a_spool_that_does_not_fit_is_told_and_goes_on_later(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLflow server is away, and then the disk is full that its records wait on: none is lost or torn."""
+    monkeypatch.setattr(tracking, "FAILURES", 2)
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
+    root = Storage(str(disk.path))
+    about: dict[str, Any] = {"experiment": "mis", "name": "train", "fingerprint": "f24", "params": {}}
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        tracker = tracking.open_run(root, **about)
+        disk.fill()
+        tracker.set_tags({f"tag{k}": "x" * 400 for k in range(50)})  # more than what is left of the spool's last page
+        with pytest.raises(OSError, match="No space left on device") as error:
+            tracker.flush()
+        assert cli._exit_code(error.value) == cli.LOST
+        tracker.log_metrics({"train/loss": 0.5}, 1)
+        disk.free()
+        tracker.close()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    disk.remount("size=64m")
+    with tracking.open_run(root, **{**about, "fingerprint": "another"}):
+        pass  # the next run on this root sends what waits
+    client = tracking.connect(root)
+    (found,) = client.search_runs(["1"], f"tags.`{tracking.FINGERPRINT}` = 'f24'")
+    assert {name for name in found.data.tags if name.startswith("tag")} == {f"tag{k}" for k in range(50)}
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 0.5})
+    assert not list(disk.path.glob("mlflow-spool/*"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def mis(*words: str) -> tuple[int, str, float]:
     """(exit code, last line of stderr, seconds) of a command in a new process."""
     code = "import sys; from mis_platform.cli import main; sys.argv = ['mis', *sys.argv[1:]]; main()"
@@ -129,17 +166,9 @@ def test_roots_that_cannot_be_written_are_told_before_ray_starts(
     from mis_platform.data import synthetic
 
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
-    synthetic.write_photos(tmp_path / "photos", 2)
-    (tmp_path / "file").write_text("")
-    disk.remount("ro")
-    file, below, locked = tmp_path / "file", tmp_path / "file" / "below", disk.path / "root"
-    told = {
-        locked: f"cannot write to {locked}: Read-only file system",
-        file: f"{file} is a file",
-        below: f"cannot write to {below}: ",
-    }
-    for root, reason in told.items():
-        words = ["precompute", "--dataset", f"folder:{tmp_path / 'photos'}", "--root", str(root)]
+
+    def check(root: Path, photos: Path, reason: str) -> None:
+        words = ["precompute", "--dataset", f"folder:{photos}", "--root", str(root)]
         monkeypatch.setattr(sys, "argv", ["mis", *words, "--set", "features.extractor=color_texture"])
         began = time.monotonic()
         with pytest.raises(SystemExit) as stop:
@@ -149,6 +178,20 @@ def test_roots_that_cannot_be_written_are_told_before_ray_starts(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"Error: {reason}")
         assert line.endswith("choose another --root")
+
+    synthetic.write_photos(tmp_path / "photos", 2)
+    (tmp_path / "file").write_text("")
+    disk.remount("ro")
+    file, below, locked = tmp_path / "file", tmp_path / "file" / "below", disk.path / "root"
+    check(locked, tmp_path / "photos", f"cannot write to {locked}: Read-only file system")
+    check(file, tmp_path / "photos", f"{file} is a file")
+    check(below, tmp_path / "photos", f"cannot write to {below}: ")
+    with common_ground() as folder:
+        synthetic.write_photos(folder / "photos", 2)
+        forbidden = folder / "forbidden"
+        forbidden.mkdir(mode=0o555)
+        with without_rights():
+            check(forbidden / "root", folder / "photos", f"cannot write to {forbidden / 'root'}: Permission denied")
 
 
 @pytest.mark.slow

@@ -274,7 +274,10 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "cli.py").write_text(
-        "import signal, sys, time\n"
+        "import os, signal, sys, time\n"
+        # Ray's own first line waits in a buffer until the job has been started, and would fall into one of ours.
+        "log, until = os.readlink('/proc/self/fd/1'), time.monotonic() + 20\n"
+        "while 'Running entrypoint' not in open(log).read() and time.monotonic() < until:\n    time.sleep(0.02)\n"
         "def stop(*_):\n    time.sleep(4)\n    print('committed', flush=True)\n    sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "for number in range(int(sys.argv[1])):\n"

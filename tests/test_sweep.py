@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 import ray
 from commands import mis
+from ray.util.state import list_actors
 
 from mis_platform import cli, sweep, trial
+from mis_platform.artifacts import git_commit
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
@@ -285,8 +288,20 @@ def test_a_sweep_with_a_failing_row(
     assert rows_of(database, "select count(*) from model_versions") == [(1,)]
 
     before = len(list((tmp_path / "checkpoint").glob("*")))
-    sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
+    assert "commits" not in capsys.readouterr().err
+    pretend_commit(next(tmp_path.glob("trees/*/manifest.json")), "f00d" * 10)
+    second = sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
     assert len(list((tmp_path / "checkpoint").glob("*"))) == before
+    both = ", ".join(sorted({git_commit() or "unknown", "f00d" * 10}))
+    assert second.about["commits"] == both
+    assert f"by the commits {both}; " in capsys.readouterr().err
+
+
+def pretend_commit(manifest: Path, commit: str) -> None:
+    """As if the artifact had been computed by that code."""
+    content = json.loads(manifest.read_text())
+    content["information"]["git_commit"] = commit
+    manifest.write_text(json.dumps(content))
 
 
 @pytest.mark.ray
@@ -397,25 +412,44 @@ def test_a_root_that_cannot_be_written_is_told_in_one_line(
 
 
 @pytest.mark.ray
-def test_too_many_trials_are_refused_with_the_arithmetic(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
+def test_too_many_trials_are_refused_with_the_arithmetic(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    began = time.monotonic()
     with pytest.raises(ValueError, match=r"resources\.trials=99 needs a CPU for each"):
         sweep.run_sweep(prepare(tmp_path, resources=Resources(trials=99)))
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.ray
 def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
     """No training has its first step within half a second: to the watchdog that is one that hangs."""
+    before = detached_actors()
     comparison = sweep.run_sweep(prepare(tmp_path, only=["good"], resources=Resources(trial_silence=0.5)))
+    ended = time.monotonic()
     (line,) = comparison.lines
     assert line.state == "failed"
     assert "the training gave no sign of life for 0.5 seconds" in line.reason
-    for _ in range(60):
-        if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
-            break
-        time.sleep(1)
-    assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "a placement group was left behind"
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() - ended < 30, "a placement group was left behind"
+        time.sleep(0.2)
+    assert not detached_actors() - (before | Counter(OF_RAY_DATA))
+    began = time.time()
     comparison = sweep.run_sweep(prepare(tmp_path, only=["good"]))
     assert comparison.lines[0].state == "done", "the next attempt goes on"
+    first = rows_of(tmp_path / "mlflow.db", "select min(timestamp) from metrics where key = 'train/loss'")
+    assert 0 < first[0][0] / 1000 - began < 90, "seconds to the first step of the next trial"
+
+
+OF_RAY_DATA = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")  # one each for a cluster
+
+
+def detached_actors() -> Counter[str]:
+    """Classes of the living actors that no job's end ends."""
+    here = ray.get_runtime_context().gcs_address
+    actors = list_actors(here, filters=[("state", "=", "ALIVE")], detail=True, raise_on_missing_output=False)
+    return Counter(actor.class_name for actor in actors if actor.is_detached)
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
+from processes import common_ground, without_rights
 
 from mis_platform.data import images
 from mis_platform.data.images import ImageRefused, Reason, list_images, probe_size, read_image
@@ -452,23 +453,15 @@ def test_pipes_sockets_and_devices_never_block() -> None:
     )
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
-    path = tmp_path / "secret.jpg"
-    path.write_bytes(encoded(photo(), "JPEG"))
-    path.chmod(0)
-    assert refusal(path).reason is Reason.UNREADABLE
-
-
-def test_open_errors_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "secret.jpg"
-    path.write_bytes(encoded(photo(), "JPEG"))
-
-    def denied(*_: object) -> int:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(images.os, "open", denied)
-    assert (refusal(path).reason, refusal(path).message) == (Reason.UNREADABLE, "Permission denied")
+def test_a_file_without_permission_is_unreadable() -> None:
+    with common_ground() as folder:
+        path = folder / "secret.jpg"
+        path.write_bytes(encoded(photo(), "JPEG"))
+        with without_rights():
+            read_image(path)
+        path.chmod(0)
+        with without_rights():
+            assert (refusal(path).reason, refusal(path).message) == (Reason.UNREADABLE, "Permission denied")
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -96,7 +97,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_so(tmp_path: Path) -> None:
         code, seconds = command.end(GRACE)
         assert code == 75
         assert "preempted; run the same command again" in command.said()
-        assert newest_step(tmp_path / "root" / "checkpoint") >= 1
+        assert newest_step(tmp_path / "root" / "checkpoint") >= max(1, last_logged(command) - 1), "a step lost at most"
         after = committed(tmp_path / "root") - sent
         print(f"checkpoint {after:.1f} s after SIGTERM, end {seconds:.1f} s")
         assert 0 < after < COMMITTED
@@ -345,9 +346,14 @@ def tell(folder: Path, story: str, *arguments: str, seconds: float = 400) -> str
 
 
 @pytest.mark.slow
-def test_a_killed_node_costs_an_interval_and_no_bit(tmp_path: Path) -> None:
-    said = tell(tmp_path, "node")
-    assert "train: restart 1: the workers go on from step 5, " in said
+def test_a_killed_worker_and_node_cost_an_interval_each_and_no_bit(tmp_path: Path) -> None:
+    """At other steps every time; MIS_TEST_SEED repeats those that a failure names."""
+    seed = os.environ.get("MIS_TEST_SEED") or str(random.randrange(2**32))
+    print(f"MIS_TEST_SEED={seed}")
+    said = tell(tmp_path, "node", seed)
+    restarts = re.findall(r"restart \d: the workers go on from step (\d+), (\d+) step\(s\) are done again", said)
+    assert len(restarts) == 2, "one each"
+    assert max(int(again) for _, again in restarts) <= 5, "what the story's checkpoints are apart"
     assert "same to the bit" in said
 
 

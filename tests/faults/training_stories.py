@@ -5,6 +5,7 @@ Prints what the test wants to know; each story runs the same training undisturbe
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -126,17 +127,27 @@ def two_nodes() -> Iterator[Nodes]:
         nodes.cluster.shutdown()
 
 
-def node(folder: Path) -> None:
-    """SIGKILL to a node's processes at step 8; another node comes."""
-    trainings = Trainings(folder)
+def node(folder: Path, seed: str) -> None:
+    """SIGKILL to one worker at a random step, and later to all processes of a node; another node comes."""
+    trainings, rng = Trainings(folder), random.Random(int(seed))
+    first, second = rng.randint(2, 8), rng.randint(10, 14)
     with two_nodes() as nodes:
 
-        def strike() -> None:
+        def kill_worker() -> None:
+            os.kill(train_workers()[rng.randrange(2)][0], signal.SIGKILL)
+
+        def kill_node() -> None:
             nodes.kill(nodes.victim())
             nodes.add()
 
+        def strike(step: int, metrics: dict[str, float]) -> None:
+            for due in (on_first, on_second):
+                due(step, metrics)
+
+        on_first, on_second = once(first, kill_worker), once(second, kill_node)
+        say("strikes at steps", first, second)
         trainings.go("straight", two())
-        trainings.go("struck", two(), once(8, strike))
+        trainings.go("struck", two(), strike)
         trainings.compare("straight", "struck")
 
 
