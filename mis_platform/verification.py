@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,7 +279,7 @@ def _stage_of(manifest: Mapping[str, Any], run: Run, resources: Resources, data_
     config = manifest["config"]
     values = {f"data.{name}": value for name, value in config["data"].items()}
     values |= {f"features.{name}": value for name, value in config["features"].items() if name != "weights"}
-    photos = pipeline.training_photos(run, data_root)
+    photos = replace(pipeline.training_photos(run, data_root), read_anew=True)
     if manifest["stage"] == "trees":
         return pipeline.trees_stage(photos, with_values(run, values), resources)
     source = config["source"]

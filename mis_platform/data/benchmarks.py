@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mis_platform.data import sandbox
+from mis_platform.data.digests import Memory
 from mis_platform.data.images import MAX_MEGAPIXELS, MIN_SIDE, SUFFIXES, ImageRefused, Refusal, list_images, read_file
 from mis_platform.data.masks import (
     MAX_MASK_BYTES,
@@ -48,7 +50,9 @@ Kind = Literal[
     "empty mask",
 ]
 
-DIGEST_WINDOW = 4096  # samples in the hands of the readers
+DIGEST_WINDOW, DIGEST_BATCH = 8192, 32  # samples in the hands of the readers, and of each of them at once
+SLOW_BYTES = 2**28  # of files, that take long enough to read to be remembered
+SAVED_BYTES = 2**36  # after so many they are remembered on the way: a reader who is killed loses minutes
 _ONLY = "1"  # object id of a file that holds one object
 
 
@@ -100,6 +104,7 @@ class Dataset:
     refused: tuple[Refusal, ...] = ()  # pictures in the folder that are no usable files
     notes: tuple[Problem, ...] = ()  # what else was odd about the folder when it was opened
     untrusted: bool = False  # files are decoded in a child process with limits, see `sandbox`
+    read_anew: bool = False  # whether `digest` reads every file, whatever is remembered of it
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -173,19 +178,28 @@ class Dataset:
     def digest(self, masks: bool = False) -> str:
         """SHA-256 over ids and contents of the image files, of the mask files too if asked for.
 
-        Independent of the order of the images and of where they lie. Files that cannot be read count as absent.
+        Independent of the order of the images and of where they lie. Files that cannot be read count as absent. What an
+        earlier call has read is not read again, unless it may have changed or `read_anew` is set: see `digests`.
         """
+        memory = Memory(self.root, is_used=not self.read_anew)
 
-        def of_sample(sample: Sample) -> bytes:
-            files = [sample.image, *(mask.file for mask in sample.masks if masks)]
-            content = "\n".join(_file_digest(self.root / file) for file in files)
-            return hashlib.sha256(f"{sample.image_id!r}\n{content}".encode()).digest()
+        def of_batch(batch: Sequence[Sample]) -> bytes:
+            files = [[sample.image, *(mask.file for mask in sample.masks if masks)] for sample in batch]
+            contents = iter(memory.contents(list(chain.from_iterable(files))))
+            texts = (
+                "\n".join([repr(sample.image_id), *islice(contents, len(own))]) for sample, own in zip(batch, files)
+            )
+            return b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
 
         total, samples = hashlib.sha256(), sorted(self.samples)
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(samples), DIGEST_WINDOW):
-                for digest in pool.map(of_sample, samples[start : start + DIGEST_WINDOW]):
-                    total.update(digest)
+                window = samples[start : start + DIGEST_WINDOW]
+                batches = [window[k : k + DIGEST_BATCH] for k in range(0, len(window), DIGEST_BATCH)]
+                for digests in pool.map(of_batch, batches):
+                    total.update(digests)
+                memory.save(SAVED_BYTES)
+        memory.save(SLOW_BYTES)
         return total.hexdigest()
 
     def without_missing(self) -> tuple["Dataset", tuple[str, ...]]:
@@ -488,6 +502,8 @@ class Report:
 def verify(dataset: Dataset, *, on_image: Callable[[int], object] = lambda done: None) -> Report:
     """Decode every image and every mask; list whatever is missing, unreadable, of the wrong size or empty.
 
+    Its digest is of what the files hold now, whatever is remembered of them.
+
     on_image: told how many are done.
     """
     problems = [*map(_skipped, dataset.refused), *dataset.notes]
@@ -505,7 +521,7 @@ def verify(dataset: Dataset, *, on_image: Callable[[int], object] = lambda done:
         len(dataset),
         objects,
         published,
-        dataset.digest(masks=True),
+        replace(dataset, read_anew=True).digest(masks=True),
         tuple(problems),
     )
 
@@ -535,16 +551,6 @@ def check_sample(dataset: Dataset, sample: Sample) -> tuple[int, list[Problem]]:
     if not objects:
         problems.append(Problem("empty mask", str(path), "no object in it"))
     return len(objects), problems
-
-
-def _file_digest(path: Path) -> str:
-    if not path.is_file():  # a pipe would never end
-        return "absent"
-    try:
-        with open(path, "rb") as stream:
-            return f"{os.fstat(stream.fileno()).st_size} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
-    except OSError:
-        return "absent"
 
 
 def _checked_fraction(fraction: float) -> float:
