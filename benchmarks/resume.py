@@ -138,13 +138,15 @@ def saving(folder: Path, file: str) -> Iterator[Any]:
     memory = digests.Memory(folder)
     memory.contents([file])
     yield None
-    yield memory.save(0)
+    memory.save(0)
+    yield None
 
 
 def manifest_writing(images: int, folder: Path) -> Iterator[Any]:
     output = Output(parts=tuple(part for part, _ in parts_of(images)), digest=CHECKSUM)
     yield None
-    yield publish(output, Storage(str(folder)))
+    publish(output, Storage(str(folder)))
+    yield None
 
 
 def manifest_reading(folder: Path) -> Iterator[Any]:
@@ -158,7 +160,8 @@ def ledger_writing(images: int, folder: Path) -> Iterator[Any]:
         with open(folder / part.name, "wb") as file:
             file.truncate(part.bytes)
     yield None
-    yield precompute._write_ledger(Storage(str(folder)), found)
+    precompute._write_ledger(Storage(str(folder)), found)
+    yield None
 
 
 def starting(images: int, folder: Path) -> Iterator[Any]:
