@@ -84,10 +84,14 @@ NOT_THE_PHOTO = (INTERNAL, Reason.UNREADABLE.value)  # reasons that may lie in t
 FAILURES_IN_A_ROW = 32  # of these reasons, without a single tree between them: it is not the photos
 RETRIES = 1  # of a chunk whose worker died
 LOST_CHUNKS = 16  # that may be given up after that; their photos are tried once more, one by one
+SINGLE_TRIES = 2  # of those, where nodes may go: a photo that was on one is not to blame
 STALL_SECONDS = 300.0  # without a finished chunk
 MESSAGE_LETTERS = 500
 MAX_TASKS = 4096  # chunks in a wave, one a task: Ray Data plans every task in advance
-DEATHS = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
+DEATHS = (
+    *(ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError),
+    ray.exceptions.RayActorError,
+)
 HEADERS_PER_TASK = 512  # photos; 0.4 ms each on a disk
 CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have nothing left to do, must not count
 MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest lists every part
@@ -534,7 +538,9 @@ def compute_all(
     try:
         while wave := list(islice(waiting, wave_images)):
             tally.image_ids.clear()
-            lost = try_all(try_all(wave, resources.chunk_images), 1)
+            lost = try_all(wave, resources.chunk_images)
+            for _ in range(SINGLE_TRIES if len(cluster.nodes()) > 1 else 1):
+                lost = try_all(lost, 1)
             tally.refused += [Refused(k, printable(os.fsdecode(path)), "worker", INTERNAL, died) for k, path in lost]
     finally:
         progress.close()
@@ -545,12 +551,18 @@ def add_up(records: Iterable[Row], tally: Tally) -> bool:
     """Whether that went to the end.
 
     If not, the chunks of some workers are stuck: they hang, or wait for ever because their node is gone and no other
-    has room for them.
+    has room for them. Or many chunks were lost with their workers, as on nodes that come and go; Ray's error is raised
+    if not more than that were finished meanwhile.
     """
+    before = len(tally.parts)
     try:
         for record in records:
             tally.add(record)
     except ExecutionTimeoutError:
+        return False
+    except DEATHS:
+        if len(tally.parts) - before <= LOST_CHUNKS:
+            raise
         return False
     return True
 
@@ -565,7 +577,8 @@ def compute(
 ) -> Iterator[Row]:
     """The records of the chunks, in the order in which they are finished.
 
-    A chunk is left out when its worker dies and dies again; Ray's error is raised when there are too many of those.
+    A chunk is left out when its worker dies and dies again, or has not come back yet; Ray's error is raised when there
+    are too many of those.
     """
     cluster.quiet_data()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length

@@ -21,15 +21,18 @@ from PIL import Image
 from precompute_material import FEATURES, expected_digest, files_of, quarantine_in, rows_in, run, write_photos
 from processes import descendants, kill_group, memory, named, running, start, wait_until, wait_until_gone
 from ray.cluster_utils import Cluster
+from ray.exceptions import ActorUnavailableError
 
 from mis_platform.config import DataConfig, Resources
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.trees import tree_from_row
+from mis_platform.progress import Progress
 from mis_platform.stages import precompute
 from mis_platform.storage import TEMPORARY, Storage
 
 DRIVER = Path(__file__).with_name("precompute_driver.py")
 WORKERS = os.cpu_count() or 1  # of a cluster that a driver starts
+SPOT_SECONDS = 4  # at least between two nodes that are taken away
 SHORT_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # until Ray gives a head up, instead of 60
 WORKER_BYTES = 2 * 2**30  # that a worker may hold, whatever the number of photos
 
@@ -132,6 +135,25 @@ def test_large_rows_are_written_before_the_chunk_is_finished(tmp_path: Path, mon
     monkeypatch.undo()
     found = precompute.finished_parts(Storage(str(out)), dataset.image_ids)
     assert precompute.combine_digests([each.part.digest for each in found]) == expected_digest(dataset)
+
+
+@pytest.mark.parametrize("finished", [precompute.LOST_CHUNKS, precompute.LOST_CHUNKS + 1])
+def test_lost_workers_end_a_run_unless_it_gets_on(finished: int) -> None:
+    """As where nodes come and go: what is lost is tried again as long as more is finished meanwhile."""
+
+    def records() -> Iterator[dict[str, Any]]:
+        part = {"name": "", "rows": 1, "bytes": 1, "sha256": "", "digest": ""}
+        for k in range(finished):
+            yield {"parts": [part], "image_ids": [str(k)], "refused": [], "storage_error": None}
+        raise ActorUnavailableError("its node is gone", None)
+
+    tally = precompute.Tally(Progress("trees", finished, "images"))
+    if finished > precompute.LOST_CHUNKS:
+        assert not precompute.add_up(records(), tally)
+    else:
+        with pytest.raises(ActorUnavailableError):
+            precompute.add_up(records(), tally)
+    assert len(tally.parts) == finished
 
 
 @pytest.mark.parametrize(
@@ -332,6 +354,45 @@ def test_one_of_three_nodes_is_killed(tmp_path: Path) -> None:
         assert len(computed(out)) <= 400 + 2 * 4
         shares = Counter(node for node, _, _ in computed(out))
         assert min(shares.values()) >= 4, shares
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nodes_that_come_and_go_cost_little(tmp_path: Path) -> None:
+    """Spot machines (F33): again and again one of four nodes dies whole and a new one takes its place.
+
+    The list has twenty kills in twenty minutes; 28 lose more chunks than Ray Data may. A node lives for about 280
+    photos instead of four minutes.
+    """
+    images, chunk, kills, rng = 2000, 2, 28, random.Random(0)
+    dataset, out = write_photos(tmp_path / "photos", images, scale=8), tmp_path / "out"
+    with cluster_of(0, 1, 1, 1, 1, store=80 * 2**20) as cluster:
+        began = time.monotonic()
+        with start_driver(dataset, out, "--chunk", str(chunk), RAY_ADDRESS=cluster.address) as child:
+            for k in range(kills):
+                wait_until(has_parts(out, (k + 1) * 70 // chunk), child, 180)
+                kill_node(cluster, rng.choice(sorted(cluster.worker_nodes, key=lambda node: str(node.unique_id))))
+                cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80 * 2**20)
+                time.sleep(SPOT_SECONDS)
+            log, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, log
+    check_whole(dataset, out, log)
+    begun = computed(out)
+    wasted = len(begun) - images
+    print(f"{wasted} of {images} photos computed again, {kills} nodes killed in {time.monotonic() - began:.0f} s")
+    assert wasted <= 0.1 * images
+    assert len({node for node, _, _ in begun}) > 4, "nodes that came did nothing"
+
+
+def kill_node(cluster: Cluster, node: object) -> None:
+    """All its processes at one moment, as when the machine is taken away."""
+    family = processes_of(node)
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until_gone(family, 60)
+    cluster.remove_node(node, allow_graceful=False)
 
 
 @pytest.mark.ray
