@@ -19,6 +19,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,31 +82,37 @@ def _status(name: str) -> int:
 # -- material --------------------------------------------------------------------------------------------------------
 
 
-def image_id_of(number: int) -> str:
-    """22 letters, 16 of them as good as random: names that pack badly."""
-    return f"{number // 1000:05d}/{hashlib.blake2b(str(number).encode(), digest_size=8).hexdigest()}"
+def image_ids_of(images: int) -> Iterator[str]:
+    """22 letters each, 16 of them random: names that pack badly."""
+    random = np.random.default_rng(0)
+    for folder in range(-(-images // 1000)):
+        letters = random.bytes(8000).hex()
+        for k in range(min(1000, images - 1000 * folder)):
+            yield f"{folder:05d}/{letters[16 * k : 16 * k + 16]}"
 
 
 def dataset_of(images: int) -> Dataset:
-    samples = tuple(Sample(key, f"{key}.jpg", ()) for key in map(image_id_of, range(images)))
+    samples = tuple(Sample(key, f"{key}.jpg", ()) for key in image_ids_of(images))
     return Dataset("folder", "train", Path("/nowhere"), samples, benchmarks.read_binary, False)
 
 
 def make_files(folder: Path, count: int, size: int) -> None:
     content = np.random.default_rng(0).bytes(size)
-    for number in range(count):
-        path = folder / f"{image_id_of(number)}.jpg"
+    for number, image_id in enumerate(image_ids_of(count)):
+        path = folder / f"{image_id}.jpg"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(number.to_bytes(8, "little") + content[8:])
 
 
-def parts_of(images: int) -> Iterator[tuple[Part, list[str]]]:
+def parts_of(images: int) -> list[Part]:
     chunk = precompute.images_in_a_chunk(images, Resources())
+    parts = []
     for start in range(0, images, chunk):
-        image_ids = [image_id_of(number) for number in range(start, min(start + chunk, images))]
-        name = f"trees-{hashlib.sha256(image_ids[0].encode()).hexdigest()[:16]}.parquet"
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        yield Part(name=name, rows=len(image_ids), bytes=PART_SIZE, sha256=digest, digest=digest), image_ids
+        digest = hashlib.sha256(str(start).encode()).hexdigest()
+        rows = min(chunk, images - start)
+        name = f"trees-{digest[:16]}.parquet"
+        parts.append(Part(name=name, rows=rows, bytes=PART_SIZE, sha256=digest, digest=digest))
+    return parts
 
 
 def publish(output: Output, out: Storage) -> None:
@@ -143,7 +150,7 @@ def saving(folder: Path, file: str) -> Iterator[Any]:
 
 
 def manifest_writing(images: int, folder: Path) -> Iterator[Any]:
-    output = Output(parts=tuple(part for part, _ in parts_of(images)), digest=CHECKSUM)
+    output = Output(parts=tuple(parts_of(images)), digest=CHECKSUM)
     yield None
     publish(output, Storage(str(folder)))
     yield None
@@ -155,7 +162,8 @@ def manifest_reading(folder: Path) -> Iterator[Any]:
 
 
 def ledger_writing(images: int, folder: Path) -> Iterator[Any]:
-    found = [precompute.Found(part, tuple(image_ids)) for part, image_ids in parts_of(images)]
+    image_ids = image_ids_of(images)
+    found = [precompute.Found(part, tuple(islice(image_ids, part.rows))) for part in parts_of(images)]
     for part, _ in found:
         with open(folder / part.name, "wb") as file:
             file.truncate(part.bytes)
@@ -182,7 +190,7 @@ def resuming(images: int, folder: Path) -> Iterator[Any]:
 
 def checking(folder: Path, images: int) -> Iterator[Any]:
     yield None
-    found = precompute.finished_parts(Storage(str(folder)), map(image_id_of, range(images)))
+    found = precompute.finished_parts(Storage(str(folder)), image_ids_of(images))
     yield sum(each.part.rows for each in found)
 
 
@@ -198,7 +206,7 @@ def indexing(folder: Path) -> Iterator[Any]:
 def write_trees(folder: Path, images: int, chunk: int) -> None:
     """Parts with the trees of random features, and their manifest."""
     random = np.random.default_rng(0)
-    rows = [tree_row(image_id_of(k), (375, 500), _random_tree(random)) for k in range(images)]
+    rows = [tree_row(image_id, (375, 500), _random_tree(random)) for image_id in image_ids_of(images)]
     out = Storage(str(folder))
     parts = [precompute.write_part(rows[start : start + chunk], out) for start in range(0, images, chunk)]
     output = Output(parts=tuple(parts), digest=CHECKSUM)
@@ -226,64 +234,68 @@ def remember(folder: Path, rows: int) -> Path:
     return file
 
 
-def measure(options: argparse.Namespace, base: Path) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+class Table:
+    """Prints each line when it is known."""
 
-    def tell(name: str, cost: Cost, count: int, size: int | None = None, unit: str = "photos") -> None:
-        about = "" if size is None else f"{size / 1e6:10.1f} MB"
-        memory = f"{cost.memory / count:6.0f} bytes"
-        print(
-            f"{name:<44} {count:>10,} {unit:<6} {cost.cpu:8.2f} {cost.seconds:8.2f} s "
-            f"{1e6 * cost.cpu / count:8.2f} us {memory} {about}",
-            flush=True,
-        )
-        figures[name] = {
-            "photos": count,
-            "cpu_seconds": cost.cpu,
-            "seconds": cost.seconds,
-            "memory": cost.memory,
-            "bytes": size,
-        }
+    def __init__(self) -> None:
+        self.figures: dict[str, Any] = {}
+        print(f"{'':<42} {'photos':>10} {'CPU':>10} {'wall':>10} {'CPU each':>10} {'memory each':>12} {'on disk':>11}")
 
-    print(f"{'':<44} {'':>17} {'CPU':>8} {'wall':>10} {'CPU each':>11} {'memory each':>12} {'on disk':>13}")
+    def tell(self, name: str, cost: Cost, count: int, size: int | None = None) -> Cost:
+        line = f"{name:<42} {count:>10,} {cost.cpu:8.2f} s {cost.seconds:8.2f} s {1e6 * cost.cpu / count:7.2f} us"
+        memory = f"{cost.memory / count:10.0f} B" if count >= 10**6 else f"{'':>12}"  # of less it is the process's own
+        print(line, memory, "" if size is None else f"{size / 1e6:8.1f} MB", flush=True)
+        facts = {"photos": count, "cpu_seconds": cost.cpu, "seconds": cost.seconds}
+        self.figures[name] = facts | {"memory": cost.memory, "bytes": size}
+        return cost
+
+
+def measure_photos(options: argparse.Namespace, base: Path, table: Table) -> None:
     tiny, large = base / "tiny", base / "large"
     for folder, count, size in ((tiny, options.files, 512), (large, options.large, options.photo_bytes)):
         folder.mkdir()
         make_files(folder, count, size)
-    tell("list a folder", alone(listing, tiny), options.files)
-    first = alone(hashing, large, 2**62)
-    tell("hash photos", first, options.large)
-    tell("hash small files, remembered afterwards", plain := alone(hashing, tiny, 0), options.files)
-    tell("digest from what is remembered", again := alone(hashing, tiny, 0), options.files)
+    table.tell("list a folder", alone(listing, tiny), options.files)
+    table.tell("hash photos", alone(hashing, large, 2**62), options.large)
+    plain = table.tell("hash small files, remembered afterwards", alone(hashing, tiny, 0), options.files)
+    again = table.tell("digest from what is remembered", alone(hashing, tiny, 0), options.files)
     file = remember(tiny, options.images)
-    among = alone(hashing, tiny, 0)
+    among = table.tell("the same among all images", alone(hashing, tiny, 0), options.files)
     assert plain.result == again.result == among.result, "another digest"
-    tell("the same among all images", among, options.files)
-    tell("load what is remembered", alone(loading, tiny), options.images, file.stat().st_size)
-    changed = f"{image_id_of(0)}.jpg"
+    table.tell("load what is remembered", alone(loading, tiny), options.images, file.stat().st_size)
+    changed = f"{next(image_ids_of(1))}.jpg"
     os.chmod(tiny / changed, 0o600)
-    tell("remember one photo more", alone(saving, tiny, changed), options.images)
+    table.tell("remember one photo more", alone(saving, tiny, changed), options.images)
 
-    done, parts = base / "done", base / "parts"
-    done.mkdir()
-    parts.mkdir()
+
+def measure_manifest(options: argparse.Namespace, base: Path, table: Table) -> None:
+    done = base / "done"
     written = alone(manifest_writing, options.images, done)
-    size = (done / MANIFEST).stat().st_size
-    tell("write a manifest", written, options.images, size)
-    tell("read a manifest", alone(manifest_reading, done), options.images)
-    tell("first run, before its first chunk", alone(starting, options.images, base / "nothing"), options.images)
+    table.tell("write a manifest", written, options.images, (done / MANIFEST).stat().st_size)
+    table.tell("read a manifest", alone(manifest_reading, done), options.images)
+
+
+def measure_runs(options: argparse.Namespace, base: Path, table: Table) -> None:
+    parts = base / "parts"
+    parts.mkdir()
+    table.tell("first run, before its first chunk", alone(starting, options.images, base / "none"), options.images)
     written = alone(ledger_writing, options.images, parts)
-    tell("write the ledger", written, options.images, (parts / precompute.LEDGER_FILE).stat().st_size)
-    resumed = alone(resuming, options.images, parts)
+    table.tell("write the ledger", written, options.images, (parts / precompute.LEDGER_FILE).stat().st_size)
+    resumed = table.tell("resumed run, all parts whole", alone(resuming, options.images, parts), options.images)
     assert resumed.result == options.images
-    tell("resume a run of which all parts are whole", resumed, options.images)
+
+
+def measure_trees(options: argparse.Namespace, base: Path, table: Table) -> None:
     for chunk in (16, 128):
         folder = base / f"trees-{chunk}"
         write_trees(folder, options.trees, chunk)
         size = sum(each.stat().st_size for each in folder.glob("*.parquet"))
-        tell(f"check parts of {chunk} for the first time", alone(checking, folder, options.trees), options.trees, size)
-    tell("find the trees, before a training", alone(indexing, folder), options.trees)
-    return figures
+        cost = alone(checking, folder, options.trees)
+        table.tell(f"check parts of {chunk} for the first time", cost, options.trees, size)
+    table.tell("find the trees, before a training", alone(indexing, folder), options.trees)
+
+
+STEPS = {"photos": measure_photos, "manifest": measure_manifest, "runs": measure_runs, "trees": measure_trees}
 
 
 def main() -> None:
@@ -293,15 +305,18 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=2_000, help="files of the size of a photo that are hashed")
     parser.add_argument("--photo-bytes", type=int, default=75_800)
     parser.add_argument("--trees", type=int, default=1024, help="trees of 2 961 patches")
+    parser.add_argument("--steps", choices=STEPS, nargs="+", default=list(STEPS))
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} CPUs")
     with tempfile.TemporaryDirectory() as base:
         os.environ["XDG_CACHE_HOME"] = str(Path(base, "cache"))
-        figures = measure(options, Path(base))
+        table = Table()
+        for name in options.steps:
+            STEPS[name](options, Path(base), table)
     print(f"load {os.getloadavg()[0]:.1f}")
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        options.json.write_text(json.dumps(table.figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

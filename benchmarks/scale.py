@@ -310,7 +310,8 @@ def read_costs(path: Path) -> tuple[Costs, dict[str, Any]]:
         bytes_out=photo["bytes"],
         driver_chunk=driver["seconds_per_chunk"],
         worker_start=min(each["start_up_seconds"] for each in measured["nodes"]["layouts"]),
-        driver_bytes=max(each["memory"] / each["photos"] for name, each in resume.items() if "run" in name.split()),
+        driver_bytes=resume["resumed run, all parts whole"]["memory"]
+        / resume["resumed run, all parts whole"]["photos"],
         listing=each("list a folder"),
         hashing=each("hash photos"),
         recall=each("digest from what is remembered"),
