@@ -171,7 +171,7 @@ class FreeMaskConfig(Settings):
     nms_sigma: float = Field(2.0, gt=0)
     keep: int = Field(20, ge=1)  # proposals after non-maximum suppression
     min_maskness: Probability = 0.7  # after its decay
-    min_center_row: Probability = 0.2  # share of the height: masks with a higher centre of mass are sky
+    min_center_row: Probability = 0.2  # share of the height: masks with a higher mean of the rows with a pixel are sky
     max_box_width: float = Field(0.95, gt=0)  # share of the width; wider ones are background
 
 
