@@ -14,6 +14,7 @@ from mis_platform.config import CLASSICAL_METHODS
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 def test_every_method_and_source_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,7 +181,7 @@ def test_every_stage_uses_the_gpus_that_it_may(
     assert train.trials_at_once(resources) == (2 if gpus else 1)
 
     jobs = []
-    monkeypatch.setattr(cluster, "cluster", contextlib.nullcontext)
+    monkeypatch.setattr(cluster, "cluster", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(evaluate, "_score", lambda job, size, resources, gpus, out: jobs.append((job, gpus)) or [])
     empty, out = Dataset("folder", "val", tmp_path, (), read_binary, is_labelled=True), Storage(str(tmp_path))
     with pytest.raises(DataError, match="no object to score"):
