@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -169,6 +170,16 @@ def test_nobody_looks_for_a_head_after_the_work(told: list[str]) -> None:
     assert "head-watch" not in {thread.name for thread in threading.enumerate()}
     time.sleep(LOST_SHARE)
     assert not told
+
+
+def test_a_shortage_of_our_own_is_no_lost_head() -> None:
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+    try:
+        assert cluster._is_listening("127.0.0.1:1", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    assert not cluster._is_listening("127.0.0.1:1", 1)
 
 
 @pytest.mark.ray
