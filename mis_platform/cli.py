@@ -830,7 +830,12 @@ def main() -> None:
     """Run the command line; the one place where signals and errors become exit codes."""
     from mis_platform.stopping import Signals
 
-    with Signals(INTERRUPTED) as signals:
+    def lost(message: str) -> int:
+        print(file=sys.stderr)  # behind the progress, which may stand in the middle of a line
+        _tell(message)
+        return PREEMPTED if signals.is_preempted else LOST
+
+    with Signals(INTERRUPTED, lost) as signals:
         try:
             _main()
         except BaseException as error:
@@ -857,13 +862,18 @@ def _main() -> None:
     try:
         app()
     except Exception as error:
-        from mis_platform.redaction import scrub
-
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"Error: {scrub(' '.join(str(error).split()))}", file=sys.stderr)
+        _tell(str(error))
         sys.exit(code)
+
+
+def _tell(message: str) -> None:
+    """What went wrong, as one line without secrets."""
+    from mis_platform.redaction import scrub
+
+    print(f"Error: {scrub(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -15,7 +15,7 @@ from commands import mis
 from PIL import Image
 from processes import running, wait_until_gone
 
-from mis_platform import __version__, cli
+from mis_platform import __version__, cli, stopping
 from mis_platform.config import Run, TargetConfig, override, plain
 from mis_platform.model.simpleclick import SimpleClick
 from mis_platform.model.weights import save_model
@@ -171,6 +171,73 @@ def test_a_second_ctrl_c_leaves_at_once_and_alone():
     finally:
         process.kill()
         process.communicate()
+
+
+LOSING = """
+import socket
+import subprocess
+import sys
+import time
+
+from mis_platform import cli
+from mis_platform.stages import cluster
+
+head = socket.create_server(("127.0.0.1", 0))
+child = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(head.getsockname()[1], child.pid, flush=True)
+
+def show(*_):
+    with cluster._head_watched(f"127.0.0.1:{head.getsockname()[1]}"):
+        print("trees: 4/9 photos", end="", file=sys.stderr)
+        head.close()
+        time.sleep(60)
+
+cli._print_settings = show
+sys.argv = ["mis", "show"]
+cli.main()
+"""
+
+
+def test_a_lost_cluster_is_told_in_one_line():
+    environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "1", "MY_SECRET": "has been lost"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOSING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        port, child = map(int, process.stdout.readline().split())
+        family = {child: running()[child][1]}
+        assert process.wait(40) == 6
+        wait_until_gone(family, 5)
+    finally:
+        process.kill()
+        _, said = process.communicate()
+    told = f"Error: the Ray cluster at 127.0.0.1:{port} ***; the same command goes on from what is finished"
+    assert said.splitlines() == ["trees: 4/9 photos", told]
+
+
+def test_a_preempted_command_that_also_loses_its_cluster_is_run_again(capsys, monkeypatch):
+    """As with errors, whoever sent the signal hears 75."""
+    codes = []
+
+    def show(*_: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            stopping.abandon("lost")
+
+    monkeypatch.setattr(cli, "_print_settings", show)
+    monkeypatch.setattr(stopping, "_end", codes.append)
+    assert mis("show") == 75
+    assert codes == [75]
+    assert "Error: lost\n" in capsys.readouterr().err
+
+
+def test_a_loss_outside_of_the_command_line_is_left_to_ray(capsys, monkeypatch):
+    stopping.abandon("lost")
+    monkeypatch.setattr(cli, "_print_settings", lambda *_: None)
+    assert mis("show") == 0
+    stopping.abandon("lost")
+    assert "lost" not in capsys.readouterr().err
 
 
 def test_a_training_that_diverges_is_a_failure():

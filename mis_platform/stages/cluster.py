@@ -1,13 +1,16 @@
 """The one place that starts or joins Ray."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -20,6 +23,7 @@ from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mis_platform import stopping
 from mis_platform.access import check_ray_address
 from mis_platform.config import Resources
 from mis_platform.data.benchmarks import Dataset
@@ -28,6 +32,9 @@ from mis_platform.storage import TEMPORARY, Storage
 
 NODE_SECONDS = 60.0  # for every node to look for a file: its first process has to start
 CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, which otherwise could not start
+PATIENCE = 60  # seconds for which Ray waits for a head to come back, unless this variable of its own says otherwise
+PATIENCE_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+LOST_SHARE = 0.75  # of them, after which we leave: at their end Ray ends our process, with a code and a text of its own
 # Port 0 is a free one: at 8265, where `mis submit` looks, there is only a head that somebody started on purpose.
 LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
 
@@ -45,6 +52,8 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
     has Ray's token authentication (on by default for local clusters; RAY_AUTH_MODE must be set before Ray is imported
     to change that) on the ports it opens, and the dashboard, on a free port of the loopback address: placement groups
     of stopped trials are only cleaned up while its state API answers.
+    When the head of a cluster that was joined is lost, the command line leaves with a line that says so; elsewhere Ray
+    ends the process a little later, see `_head_watched`.
     Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
     """
     global _raylet
@@ -69,17 +78,58 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
     with _own_sigterm(), _start_explained(address), _whole_start():
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **options)
     _raylet = None if address else _own_raylet()
-    try:
-        _check_nodes(root, dataset)
-        yield
-    finally:
-        _raylet = None
-        ray.shutdown()
+    # Around the shutdown, too: it waits for a head that is gone.
+    with _head_watched(ray.get_runtime_context().gcs_address) if address else contextlib.nullcontext():
+        try:
+            _check_nodes(root, dataset)
+            yield
+        finally:
+            _raylet = None
+            ray.shutdown()
 
 
 def is_lost() -> bool:
     """Whether the Ray that this process started has ended under it, as when a whole process group gets SIGTERM."""
     return _raylet is not None and (not _raylet.is_running() or _raylet.status() == "zombie")
+
+
+@contextlib.contextmanager
+def _head_watched(address: str) -> Iterator[None]:
+    """Give up when nothing listens any more at HOST:PORT, where the head of a joined cluster was.
+
+    Ray waits for a head that is gone, and then ends this process from C++ without asking: nobody would hear of it what
+    to do. A head that is back in time is not lost. Nothing of this goes on after the context.
+    """
+    patience = float(os.environ.get(PATIENCE_VARIABLE, PATIENCE))
+    pause, over = patience / 30, threading.Event()
+
+    def watch() -> None:
+        silent: float | None = None  # since when; a look that comes late says nothing about the time before it
+        while not over.wait(pause):
+            now = time.monotonic()
+            silent = None if _is_listening(address, pause) else silent or now
+            if silent is not None and now - silent >= LOST_SHARE * patience and not over.is_set():
+                return stopping.abandon(
+                    f"the Ray cluster at {address} has been lost; the same command goes on from what is finished"
+                )
+
+    thread = threading.Thread(target=watch, name="head-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _is_listening(address: str, seconds: float) -> bool:
+    """Whether a connection to HOST:PORT, [IPv6]:PORT too, is accepted; it is closed at once."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+    except OSError as error:
+        return error.errno in {errno.EMFILE, errno.ENFILE}  # what we lack says nothing about the other side
+    return True
 
 
 def _own_raylet() -> Any:

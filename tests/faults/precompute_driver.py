@@ -60,5 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with Signals(130):
+    with Signals(130, lambda _: 6):
         main()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -422,6 +423,32 @@ def test_heads_are_killed_and_other_clusters_go_on(tmp_path: Path) -> None:
     check_whole(dataset, out, log)
     run(dataset, out)
     assert files_of(out) == kept
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_command_whose_head_is_killed_says_so(tmp_path: Path) -> None:
+    """Exit code 6 and one line, before Ray ends the process with 1; the same command then finishes, on another Ray."""
+    photos, root = write_photos(tmp_path / "photos", 120, scale=8).root, tmp_path / "root"
+    words = ("precompute", "--dataset", f"folder:{photos}", "--root", str(root))
+    words += ("--set", "features.extractor=color_texture", "--set", "resources.chunk_images=4")
+    with (
+        cluster_of(1, 1) as cluster,
+        commands.running(tmp_path, *words, RAY_ADDRESS=cluster.address, **SHORT_PATIENCE) as command,
+    ):
+        address = cluster.address
+        command.wait_until(lambda: len(list(root.rglob("trees-*.parquet"))) >= 3, 150)
+        kill_head(cluster)
+        code, seconds = command.end(60)
+        print(f"{seconds:.1f} s after the head was killed; all that was said:\n{command.said()}")
+        command.wait_alone(10)
+    assert code == 6, command.said()
+    told = f"Error: the Ray cluster at {address} has been lost; the same command goes on from what is finished"
+    own = [line for line in command.said().splitlines() if line and not line.startswith(("trees: ", "["))]
+    assert own == [told], "beside progress and Ray's own log"
+    with commands.running(tmp_path, *words) as command:
+        assert command.end(200)[0] == 0, command.said()
 
 
 def kill_head(cluster: Cluster) -> None:

@@ -3,9 +3,12 @@
 import contextlib
 import math
 import os
+import resource
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.masks import read_binary
 from mis_platform.errors import DataError
 from mis_platform.stages import cluster, evaluate, precompute, train
+from mis_platform.stages.cluster import LOST_SHARE
 from mis_platform.storage import Storage
 
 # The second node is a process tree of its own. An empty disk over what is `hidden` is there for that node alone.
@@ -104,6 +108,78 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(address: str | None, told
     with pytest.raises(ConnectionError) as caught, cluster._start_explained(address):
         raise RuntimeError("not up\nand much more")
     assert str(caught.value) == told
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family)
+    except OSError as error:
+        pytest.skip(f"nothing listens at {host} here: {error}")
+
+
+def wait_for_a_look(head: socket.socket) -> None:
+    head.settimeout(10)
+    head.accept()[0].close()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said of heads that are given up, after three quarters of a second."""
+    messages: list[str] = []
+    monkeypatch.setenv(cluster.PATIENCE_VARIABLE, "1")
+    monkeypatch.setattr(cluster.stopping, "abandon", messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_head_that_is_gone_is_given_up_before_ray_ends_us(host: str, told: list[str]) -> None:
+    head = listen(host)
+    address = f"{host}:{head.getsockname()[1]}"
+    with cluster._head_watched(address):
+        wait_for_a_look(head)
+        assert not told
+        closed = time.monotonic()
+        head.close()
+        while not told and time.monotonic() < closed + 10:
+            time.sleep(0.01)
+        assert time.monotonic() - closed >= LOST_SHARE
+    assert told == [f"the Ray cluster at {address} has been lost; the same command goes on from what is finished"]
+
+
+def test_a_head_that_comes_back_is_not_lost(told: list[str]) -> None:
+    head = listen("127.0.0.1")
+    port = head.getsockname()[1]
+    with cluster._head_watched(f"127.0.0.1:{port}"):
+        for _ in range(3):  # together silent for longer than a lost one
+            closed = time.monotonic()
+            head.close()
+            time.sleep(0.4 * LOST_SHARE)
+            head = listen("127.0.0.1", port)
+            wait_for_a_look(head)
+            assert not told or time.monotonic() - closed >= LOST_SHARE, "given up too early"
+    head.close()
+
+
+def test_nobody_looks_for_a_head_after_the_work(told: list[str]) -> None:
+    head = listen("127.0.0.1")
+    with cluster._head_watched(f"127.0.0.1:{head.getsockname()[1]}"):
+        assert "head-watch" in {thread.name for thread in threading.enumerate()}
+        head.close()
+        time.sleep(0.2)
+    assert "head-watch" not in {thread.name for thread in threading.enumerate()}
+    time.sleep(LOST_SHARE)
+    assert not told
+
+
+def test_a_shortage_of_our_own_is_no_lost_head() -> None:
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, most))
+    try:
+        assert cluster._is_listening("127.0.0.1:1", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    assert not cluster._is_listening("127.0.0.1:1", 1)
 
 
 @pytest.mark.ray
