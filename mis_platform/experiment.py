@@ -68,6 +68,7 @@ class Experiment:
     figure: Literal["bars", "curves", "objects", "proposals"] = "bars"
     tolerance: float = 0.3
     note: str = ""  # what a reader has to know before comparing
+    asked: tuple[str, ...] | None = None  # settings that the rows vary as written, where a profile varies more
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -103,7 +104,8 @@ class Experiment:
         Where runs learn from labels, `target.*` is theirs alone: it says which labels, not what their pretraining is.
         """
         assignments = list(assignments)
-        for name in {text.partition("=")[0].strip() for text in assignments} & set(self.varied()):
+        asked = self.varied() if self.asked is None else self.asked
+        for name in {text.partition("=")[0].strip() for text in assignments} & set(asked):
             raise ValueError(f"--set {name}: that is what the rows differ in; choose among them with --only")
         others = [text for text in assignments if not text.strip().startswith("target.")]
         are_labels = any(row.run.target.source == "labels" for row in self.rows)
@@ -122,22 +124,17 @@ class Experiment:
         a profile says of a source of proposals is for experiments that have it among their rows.
         The paper's numbers stay too; whoever compares with them has to look at the profile.
         """
-        varied, usual = set(self.varied()), flatten(Run())
+        profile, varied, usual = profile_named(name), self.varied(), flatten(Run())
         sources = {f"sources.{row.run.target.source}" for row in self.rows}
-        profile = {
-            key: value
-            for key, value in profile_named(name).items()
-            if not key.startswith("sources.") or key.rpartition(".")[0] in sources
-        }
+
+        def is_free(key: str, run: Run) -> bool:
+            is_used = not key.startswith("sources.") or key.rpartition(".")[0] in sources
+            return is_used and key not in varied and flatten(run)[key] == usual[key]
 
         def sized(run: Run) -> Any:
-            flat = flatten(run)
-            return override(
-                run,
-                [f"{key}={value}" for key, value in profile.items() if key not in varied and flat[key] == usual[key]],
-            )
+            return override(run, [f"{key}={value}" for key, value in profile.of(run).items() if is_free(key, run)])
 
-        return self._each(sized)
+        return dataclasses.replace(self._each(sized), asked=tuple(varied))
 
     def varied(self) -> list[str]:
         """Dotted names of the settings in which the rows that run here differ."""
@@ -203,36 +200,52 @@ _WITHOUT_WEIGHTS = {
     "eval.davis_zoom_size": "224",
 }
 
-# A profile is data: settings that every row gets, so that it is part of every fingerprint.
-PROFILES: dict[str, dict[str, str]] = {
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes of an experiment, as data: settings that rows get, and so part of every fingerprint."""
+
+    settings: Mapping[str, str]  # dotted name -> value
+    labelled: Mapping[str, str] = field(default_factory=dict)  # for rows that learn from labels, over the settings
+
+    def of(self, run: Run) -> dict[str, str]:
+        """What this profile sets in `run`."""
+        return {**self.settings, **(self.labelled if run.target.source == "labels" else {})}
+
+
+PROFILES = {
     # The paper's sizes, with its benchmarks under --data-root.
-    PAPER_PROFILE: {"eval_datasets": '["grabcut", "berkeley", "sbd", "davis"]'},
-    # Half an hour on a GPU or a night on a laptop, without public weights.
-    "small": {
-        "dataset": "photos",
-        "eval_datasets": '["grabcut"]',
-        **_WITHOUT_WEIGHTS,
-        "train.batch_size": "4",
-        "train.learning_rate": "5e-4",
-        "train.epochs": "24",
-        "train.decay_epochs": "[20]",
-        "train.smooth_weight": "1",
-        "clicks.iterative_clicks": "1",
-    },
+    PAPER_PROFILE: Profile({"eval_datasets": '["grabcut", "berkeley", "sbd", "davis"]'}),
+    # Half an hour on a GPU or a night on a laptop, without public weights. Few photos have labels: more epochs of them.
+    "small": Profile(
+        {
+            "dataset": "photos",
+            "eval_datasets": '["grabcut"]',
+            **_WITHOUT_WEIGHTS,
+            "train.batch_size": "16",
+            "train.learning_rate": "1e-3",
+            "train.epochs": "16",
+            "train.decay_epochs": "[13]",
+            "clicks.iterative_clicks": "1",
+        },
+        labelled={"dataset": "sbd", "train.epochs": "200", "train.decay_epochs": "[160]"},
+    ),
     # Minutes on two cores: the photos that the wheels carry, a few steps.
-    "smoke": {
-        "dataset": "wheels",
-        "eval_datasets": '["synthetic"]',
-        **_WITHOUT_WEIGHTS,
-        "eval.max_clicks": "3",
-        "train.batch_size": "2",
-        "train.max_steps": "6",
-        "clicks.iterative_clicks": "1",
-    },
+    "smoke": Profile(
+        {
+            "dataset": "wheels",
+            "eval_datasets": '["synthetic"]',
+            **_WITHOUT_WEIGHTS,
+            "eval.max_clicks": "3",
+            "train.batch_size": "2",
+            "train.max_steps": "6",
+            "clicks.iterative_clicks": "1",
+        }
+    ),
 }
 
 
-def profile_named(name: str) -> dict[str, str]:
+def profile_named(name: str) -> Profile:
     """Raises ValueError that lists the profiles."""
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}; there are: {', '.join(PROFILES)}")
