@@ -38,6 +38,7 @@ from mis_platform.artifacts import Stage, check_missing, ensure, read_manifest, 
 from mis_platform.comparison import Comparison, Outcome, compare, render
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
+from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.evaluation.noc import iou_table
 from mis_platform.experiment import Experiment, Row, load_experiment
@@ -186,11 +187,16 @@ def _task(
     row: Row, seed: int, measure: tuple[str, ...], wheels: Wheels, data_root: Path | None, untrusted: bool
 ) -> Task:  # fmt: skip
     row = dataclasses.replace(row, run=_absolute(row.run), pretraining=row.pretraining and _absolute(row.pretraining))
-    photos = None
-    if _photos_of(row, measure) is not None:
-        photos = pipeline.open_dataset(_photos_spec(row.run, wheels), data_root, "train", untrusted)
+    is_trained = _photos_of(row, measure) is not None
+
+    def photos_of(run: Run | None) -> Dataset | None:
+        if run is None or not is_trained:
+            return None
+        return pipeline.open_dataset(_photos_spec(run, wheels), data_root, "train", untrusted)
+
     specs = [_benchmark_spec(spec, wheels, data_root) for spec in row.run.eval_datasets]
-    return Task(row, seed, photos, tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs), measure)
+    benchmarks = tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs)
+    return Task(row, seed, photos_of(row.run), benchmarks, measure, photos_of(row.pretraining))
 
 
 def _absolute(run: Run) -> Run:
@@ -338,7 +344,8 @@ def _attempt(stage: Stage, root: Storage) -> str:
 def _as_pretraining(task: Task) -> Task:
     """The training that a row starts from, as a task that nobody scores."""
     assert task.row.pretraining is not None
-    return Task(Row(f"pretraining of {task.row.name}", task.row.pretraining), task.seed, task.photos, (), ("clicks",))
+    row = Row(f"pretraining of {task.row.name}", task.row.pretraining)
+    return Task(row, task.seed, task.pretraining_photos, (), ("clicks",))
 
 
 def _by_training(tasks: Iterable[Task], resources: Resources) -> list[list[Task]]:

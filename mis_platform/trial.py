@@ -34,6 +34,7 @@ class Task:
     photos: Dataset | None  # None: nothing is trained
     benchmarks: tuple[Dataset, ...]
     measure: tuple[str, ...]
+    pretraining_photos: Dataset | None = None  # of the row's pretraining, where it has one
 
     @property
     def run(self) -> Run:
@@ -50,8 +51,9 @@ class Task:
         run = self.row.pretraining
         if run is None:
             return None
-        assert self.photos is not None, "only a row that is trained has a pretraining"
-        return pipeline.checkpoint_stage(self.photos, seeded(run, self.seed), resources, lambda step, metrics: None)
+        photos = self.pretraining_photos
+        assert photos is not None, "only a row that is trained has a pretraining"
+        return pipeline.checkpoint_stage(photos, seeded(run, self.seed), resources, lambda step, metrics: None)
 
     def training(self, resources: Resources, on_metrics: pipeline.OnMetrics = lambda step, metrics: None) -> Stage:
         """The stage of the row's own training. on_metrics: as in `pipeline.checkpoint_stage`."""

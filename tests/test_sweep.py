@@ -93,6 +93,23 @@ def test_a_row_without_weights_or_data_is_refused_alone(experiments: Path, tmp_p
     assert "needs object masks" in prepared.refused["twin", 0]
 
 
+def test_a_pretraining_has_its_own_photos_and_is_a_row_of_other_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few photos have labels; what a row starts from has learnt from those without."""
+    monkeypatch.setenv("MIS_EXPERIMENTS", str(FOLDER))
+    table1, table2 = (
+        sweep.prepare(name, profile="smoke", root=Storage(str(tmp_path)), data_root=None, resources=Resources())
+        for name in ("table1", "table2_label_fraction")
+    )
+    shared = next(task for task in table1.tasks if task.name == "MIS")
+    starts = [task for task in table2.tasks if task.row.pretraining]
+    assert len(starts) == 6
+    assert {task.pretraining_photos for task in starts} == {shared.photos} != {task.photos for task in starts}
+    expected = shared.training(Resources()).fingerprint
+    assert {stage.fingerprint for task in starts if (stage := task.pretraining(Resources()))} == {expected}
+
+
 def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Path, tmp_path: Path) -> None:
     """The row would keep its name and the paper's number, and be another run."""
     with pytest.raises(ValueError, match="what the rows differ in"):
