@@ -168,6 +168,7 @@ def write_manifest(stage: Stage, output: Output, out: Storage, seconds: float = 
         "information": {
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": seconds,
+            **({"machine": _machine} if _machine else {}),
             **versions(),
         },
     }
@@ -246,6 +247,15 @@ def sha256(data: bytes) -> str:
 
 
 # -- information -----------------------------------------------------------------------------------------------------
+
+
+_machine = ""  # that computes what this process asks for
+
+
+def note_machine(description: str) -> None:
+    """Whoever joins a cluster says what it is; manifests that are written from then on tell it."""
+    global _machine
+    _machine = description
 
 
 @functools.cache

@@ -683,13 +683,13 @@ def _read_failures(sweep: Sweep) -> dict[str, str]:
 
 
 def about(sweep: Sweep) -> dict[str, Any]:
-    """For the foot of a report: the commits that computed the rows, seconds of computing, profile and settings; of
-    what was computed, nothing where nothing was."""
+    """For the foot of a report: the commits and machines that computed the rows, seconds of computing, profile and
+    settings; of what was computed, nothing where nothing was."""
     made = {stage.fingerprint: stage for task in sweep.tasks for stage in _made(sweep, task)}
     found = [read_manifest(stage.directory(sweep.root))["information"] for stage in made.values()]
     computed = {
         "commits": ", ".join(sorted({each.get("git_commit") or "unknown" for each in found})),
-        "machine of this report": f"{os.cpu_count()} CPU cores",
+        "machines": "; ".join(sorted({each.get("machine") or "unknown" for each in found})),
         "seconds": round(sum(float(each["seconds"]) for each in found), 1),
     }
     return (computed if found else {}) | {"profile": sweep.size, "seeds": sweep.seeds}

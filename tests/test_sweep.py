@@ -25,6 +25,7 @@ from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, ove
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.experiment import list_experiments
+from mis_platform.stages import cluster
 from mis_platform.storage import Storage
 
 TINY = """
@@ -326,8 +327,10 @@ def test_a_row_of_overlaps_is_recorded_like_any_other(experiments: Path, ray_clu
     synthetic.write_benchmark(tmp_path / "objects", 2)
     (experiments / "tiny.py").write_text(MIXED.replace("MEASURE", "('overlap',)"))
     words = [*SHORT, f'eval_datasets=["synthetic:{tmp_path}/objects"]']
-    comparison = sweep.run_sweep(prepare(tmp_path, only=["trained"], assignments=words))
+    prepared = prepare(tmp_path, only=["trained"], assignments=words)
+    comparison = sweep.run_sweep(prepared)
     assert comparison.lines[0].state == "done", comparison.lines
+    assert sweep.about(prepared)["machines"] == cluster.machine(), "where it was computed, not where it is read"
     database = tmp_path / "mlflow.db"
     row = "join tags t on t.run_uuid = p.run_uuid and t.key = 'mlflow.parentRunId'"
     params = dict(rows_of(database, f"select p.key, p.value from params p {row}"))

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mis_platform import stopping
 from mis_platform.access import check_ray_address
+from mis_platform.artifacts import note_machine
 from mis_platform.config import Resources
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
@@ -58,6 +59,7 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
     """
     global _raylet
     if ray.is_initialized():
+        note_machine(machine())
         _check_nodes(root, dataset)
         yield
         return
@@ -81,6 +83,7 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
     # Around the shutdown, too: it waits for a head that is gone.
     with _head_watched(ray.get_runtime_context().gcs_address) if address else contextlib.nullcontext():
         try:
+            note_machine(machine())
             _check_nodes(root, dataset)
             yield
         finally:
@@ -313,6 +316,16 @@ def gpus() -> int:
     if not ray.is_initialized():
         return torch.cuda.device_count()
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def machine() -> str:
+    """The cluster in words: "2 CPUs", "16 CPUs, 1 GPU (H100)", "64 CPUs of 4 nodes"."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    kinds = sorted(name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:"))
+    parts = [f"{cpus()} CPUs"]
+    if gpus():
+        parts.append(f"{gpus()} GPU{'s' if gpus() > 1 else ''}" + (f" ({', '.join(kinds)})" if kinds else ""))
+    return ", ".join(parts) + (f" of {nodes} nodes" if nodes > 1 else "")
 
 
 def usable_gpus(resources: Resources) -> int:
