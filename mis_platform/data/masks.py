@@ -92,12 +92,14 @@ def _labels(label_map: np.ndarray) -> list[int]:
 
 def _split_labels(label_map: np.ndarray, void: int | None) -> tuple[ObjectMask, ...]:
     """One object per nonzero label, ascending; pixels with the label `void` are ignored in all of them."""
+    ignored = None if void is None else label_map == void
     objects = []
     for label in _labels(label_map):
         if label == void:
             continue
-        mask = (label_map == label).astype(np.int8)
-        mask[label_map == void] = IGNORE
+        mask = (label_map == label).view(np.int8)
+        if ignored is not None:
+            mask[ignored] = IGNORE
         objects.append(ObjectMask(str(label), mask))
     return tuple(objects)
 
