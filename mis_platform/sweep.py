@@ -416,13 +416,17 @@ def _wait_for(fit: "Future[Any]", recorder: "_Recorder") -> None:
 
 
 def _stop_trials(bell: Any, seconds: float) -> None:
-    """Let the running trials come to a stop, for `seconds` at most."""
+    """Let the running trials come to a stop, for `seconds` at most; they cannot where Ray itself was stopped."""
     print("sweep: stopping; the same command goes on from here", file=sys.stderr, flush=True)
     until = time.monotonic() + seconds
     bell.ring.remote()
     with contextlib.suppress(ray.exceptions.RayError):
-        while time.monotonic() < until and not ray.get(bell.is_quiet.remote(), timeout=seconds):
-            time.sleep(0.2)
+        asked, is_quiet = bell.is_quiet.remote(), False
+        while time.monotonic() < until and not cluster.is_lost() and not is_quiet:
+            if ray.wait([asked], timeout=0.2)[0]:
+                is_quiet = ray.get(asked)
+                asked = bell.is_quiet.remote()
+                time.sleep(0.2)
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import ray
 from commands import mis
+from processes import kill_group
 from ray.util.state import list_actors
 
 from mis_platform import cli, sweep, trial
@@ -611,6 +612,18 @@ def table_of(root: Path) -> dict:
     report = json.loads(path.read_text())
     del report["about"]
     return report
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_whose_ray_is_stopped_with_it_does_not_wait_for_trials(tmp_path: Path) -> None:
+    """A signal to the whole process group, as `timeout` sends: nobody is left who could answer, or stop the trials."""
+    with start(tmp_path) as child:
+        assert child.stdout is not None
+        assert any(": step 1" in line for line in child.stdout)
+        seconds = kill_group(child, signal.SIGTERM)
+    assert child.returncode == 75
+    assert seconds < 20, "a machine that is taken away leaves 30"
 
 
 @pytest.mark.ray
