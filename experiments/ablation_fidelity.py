@@ -11,6 +11,7 @@ PAPER_FORM = {
     "features.layer": "last_block",
     "sampling.max_redraws": 10_000,  # small proposals never pass, where the code gives up after 100 draws
     "train.smooth_form": "paper",
+    "model.previous_mask": "binary",
     "augment.color_augmentation": False,
 }
 

@@ -253,6 +253,8 @@ class ModelConfig(Settings):
     image_size: int = Field(448, ge=WINDOW, multiple_of=WINDOW)  # pixels, square training crop
     init: Literal["mae", "random"] = "mae"
     init_weights: str | None = None  # local MAE file; None: timm's from the hub
+    # How it is given its answer to the clicks before: as probabilities (the official code) or as a mask (the paper).
+    previous_mask: Literal["soft", "binary"] = "soft"
 
     @model_validator(mode="after")
     def _mae_exists(self) -> "ModelConfig":

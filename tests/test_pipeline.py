@@ -51,6 +51,7 @@ def pretrained(seed: int = 7, **model: object) -> Stage:
         ("augment.rotate_limit=4", True),
         ("train.seed=1", True),
         ("model.image_size=448", True),
+        ("model.previous_mask=binary", True),
     ],
 )
 def test_what_decides_a_training_on_labels(labelled: Dataset, assignment: str, matters: bool) -> None:
@@ -117,6 +118,7 @@ def test_random_images_depend_on_their_seed(labelled: Dataset) -> None:
 def test_an_unsupervised_training_keeps_its_address(labelled: Dataset) -> None:
     """Models that were trained before there were labelled targets are still found."""
     assert checkpoint(labelled).config.keys() == {"sampling", "clicks", "augment", "train", "model"}
+    assert checkpoint(labelled).config["model"].keys() == {"variant", "image_size", "init", "init_weights"}
     assert checkpoint(labelled, "sampling.alpha=0.5").fingerprint != checkpoint(labelled).fingerprint
 
 
@@ -137,6 +139,8 @@ def test_a_pretraining_is_an_input_in_place_of_the_initial_weights(labelled: Dat
     stage = checkpoint(labelled, *LABELS, *weights, pretraining=pretrained(variant="vit_b"))
     assert stage.inputs.keys() == {"pretraining"}
     assert stage.config["model"] == {"variant": "vit_b", "image_size": 224}
+    binary = checkpoint(labelled, "model.previous_mask=binary", pretraining=pretrained())
+    assert binary.fingerprint != tuned.fingerprint
 
 
 def test_another_variant_is_refused_before_its_pretraining(labelled: Dataset) -> None:

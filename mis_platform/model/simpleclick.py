@@ -53,21 +53,30 @@ VARIANTS = {
 }
 
 
+PREVIOUS_MASKS = ("soft", "binary")
+
+
 class SimpleClick(nn.Module):
     """The click model.
 
     variant: a key of VARIANTS. image_size: pixels, one side of a square or (height, width), each a multiple of 224;
-    it fixes the position embedding (`resize_position_embedding` changes it). New weights come from torch's global
-    generator. Raises ValueError for any other variant or size.
+    it fixes the position embedding (`resize_position_embedding` changes it). previous_mask: "soft", or "binary" for a
+    model that sees of its last answer only which pixels are above 0.5 (B in the paper's section 3). New weights come
+    from torch's global generator. Raises ValueError for any other variant, size or previous_mask.
     """
 
     licence: str | None = None  # what a user of these weights has to know; None: they come from nowhere else
 
-    def __init__(self, variant: str = "vit_b", image_size: int | Sequence[int] = 448) -> None:
+    def __init__(
+        self, variant: str = "vit_b", image_size: int | Sequence[int] = 448, previous_mask: str = "soft"
+    ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown model variant {variant!r}; there are: {', '.join(VARIANTS)}")
+        if previous_mask not in PREVIOUS_MASKS:
+            raise ValueError(f"previous_mask must be one of: {', '.join(PREVIOUS_MASKS)}, got {previous_mask!r}")
         self.variant = variant
+        self.previous_mask = previous_mask
         sizes = VARIANTS[variant]
         self.patch_embed_coords = PatchEmbedding(sizes)
         self.backbone = Backbone(sizes, token_grid(sizes, image_size))
@@ -97,6 +106,8 @@ class SimpleClick(nn.Module):
         self._check_inputs(image_B3HW, previous_B1HW, points_B2N3, dropout_BC)
         height, width = image_B3HW.shape[-2:]
         clicks_B2HW = click_maps(points_B2N3, height, width).to(image_B3HW.dtype)
+        if self.previous_mask == "binary":
+            previous_B1HW = (previous_B1HW > 0.5).to(previous_B1HW.dtype)
         coordinates_BTD = self.patch_embed_coords(torch.cat([previous_B1HW, clicks_B2HW], dim=1))
         features_BDhw = self.backbone(_normalise(image_B3HW), coordinates_BTD)
         logits = self.head(self.neck(features_BDhw), dropout_BC)

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from mis_platform.config import EvalConfig, build, plain
 from mis_platform.model import hub
-from mis_platform.model.simpleclick import VARIANTS, SimpleClick, interpolate_position, resize_position_embedding
+from mis_platform.model.simpleclick import (
+    PREVIOUS_MASKS,
+    VARIANTS,
+    SimpleClick,
+    interpolate_position,
+    resize_position_embedding,
+)
 
 if TYPE_CHECKING:
     from mis_platform.model.ritm import Ritm
@@ -47,6 +53,13 @@ _SCAN_TEXT = 256  # bytes: no file of weights does without a control character i
 FAMILIES = {"simpleclick": tuple(VARIANTS), "ritm": ("hrnet18s", "hrnet18", "hrnet32", "hrnet18_baseline")}
 REFINEMENTS = {"fbrs": "ritm"}  # -> the family it is for
 
+# What else decides the answers, and what to do about a model of which it was changed. It is written into the weights
+# file, too, because the digest of that stands for the model.
+BESIDE_WEIGHTS = {
+    "refine": "import the checkpoint again with the refinement it shall have",
+    "previous_mask": "train a model for the form it shall have",
+}
+
 # What a user of a saved model has to know; in its config.json, and handed on to models that start from it.
 MAE_LICENCE = "CC-BY-NC-4.0, from the MAE weights it started from: no commercial use"
 OWN_LICENCE = "started from random weights: only the licences of its photos matter"
@@ -62,8 +75,8 @@ Model: TypeAlias = "SimpleClick | Ritm"
 def save_model(directory: str | Path, model: Model, config: Mapping[str, Any]) -> None:
     """Write `model` and `config` (JSON values) into `directory`, which is made if missing.
 
-    `variant`, `image_size` (pixels: a side, or [height, width]), `licence` and, for all but SimpleClick, `family` are
-    set from the model. Each file appears whole or not at all, config.json last.
+    `variant`, `image_size` (pixels: a side, or [height, width]), `licence`, `previous_mask` where it is binary and, for
+    all but SimpleClick, `family` are set from the model. Each file appears whole or not at all, config.json last.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,11 +84,12 @@ def save_model(directory: str | Path, model: Model, config: Mapping[str, Any]) -
     described = {**config, "variant": model.variant, "image_size": height if height == width else [height, width]}
     if not isinstance(model, SimpleClick):
         described["family"] = "ritm"
+    elif model.previous_mask != "soft":
+        described["previous_mask"] = model.previous_mask
     described.setdefault("licence", model.licence or OWN_LICENCE)
     text = json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n"
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # Part of the weights file, because its digest stands for the model: with refinement it answers otherwise.
-    metadata = {"refine": described["refine"]} if described.get("refine") else None
+    metadata = {name: described[name] for name in BESIDE_WEIGHTS if described.get(name)} or None
     _write(directory / WEIGHTS_FILE, safetensors.torch.save(state, metadata))
     _write(directory / CONFIG_FILE, text.encode())
 
@@ -104,10 +118,12 @@ def load_model(directory: str | Path) -> Any:
     model = empty_model(family_of(config), config["variant"], config["image_size"])
     check_layout(state, model, directory / WEIGHTS_FILE)
     check_values(state, directory / WEIGHTS_FILE)
-    _check_refinement(directory, config)
+    _check_beside_weights(directory, config)
     # The tensors are views of the file; copies survive if it is rewritten in place or its network drive goes away.
     model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     model.licence = licence_of(config)
+    if isinstance(model, SimpleClick):
+        model.previous_mask = config.get("previous_mask", "soft")
     return model.eval()
 
 
@@ -176,6 +192,8 @@ def parse_config(content: bytes, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: image_size must be pixels, a side or [height, width], got {size!r}")
     if config.get("refine") is not None:
         check_refinement(config["refine"], family, path)
+    if config.get("previous_mask", "soft") not in list(PREVIOUS_MASKS):
+        raise ValueError(f"{path}: previous_mask must be one of: {', '.join(PREVIOUS_MASKS)}")
     return config
 
 
@@ -192,15 +210,16 @@ def check_refinement(refine: Any, family: str, origin: str | Path) -> None:
         raise ValueError(f"{origin}: refine={refine} needs a model of family {REFINEMENTS[refine]}, this is {family}")
 
 
-def _check_refinement(directory: Path, config: Mapping[str, Any]) -> None:
+def _check_beside_weights(directory: Path, config: Mapping[str, Any]) -> None:
     """config.json and the weights file must agree, or scores with and without refinement would share an address."""
     with safetensors.safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-        written = (file.metadata() or {}).get("refine")
-    if written != config.get("refine"):
-        raise ValueError(
-            f"{directory}: {CONFIG_FILE} says refine={config.get('refine')}, {WEIGHTS_FILE} was made with "
-            f"refine={written}; import the checkpoint again with the refinement it shall have"
-        )
+        written = file.metadata() or {}
+    for name, remedy in BESIDE_WEIGHTS.items():
+        if written.get(name) != config.get(name):
+            raise ValueError(
+                f"{directory}: {CONFIG_FILE} says {name}={config.get(name)}, {WEIGHTS_FILE} was made with "
+                f"{name}={written.get(name)}; {remedy}"
+            )
 
 
 def eval_config(config: Mapping[str, Any], base: EvalConfig | None = None, given: Iterable[str] = ()) -> EvalConfig:

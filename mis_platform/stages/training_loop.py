@@ -105,7 +105,7 @@ def initial_model(run: Run, pretraining: Storage | None = None) -> SimpleClick:
         return _pretrained_model(run, pretraining)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.train.seed)
-        model = SimpleClick(run.model.variant, run.model.image_size)
+        model = SimpleClick(run.model.variant, run.model.image_size, run.model.previous_mask)
     if run.model.init == "mae":
         load_mae(model, run.model.init_weights)
     return model
@@ -123,6 +123,7 @@ def _pretrained_model(run: Run, pretraining: Storage) -> SimpleClick:
     size = run.model.image_size
     if model.image_size != (size, size):
         resize_position_embedding(model, size)
+    model.previous_mask = run.model.previous_mask
     return model
 
 

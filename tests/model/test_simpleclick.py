@@ -225,6 +225,18 @@ def test_forward_equals_a_plain_recomputation(size: tuple[int, int]) -> None:
         torch.testing.assert_close(model(image, previous, points), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_binary_previous_mask_is_what_is_above_one_half() -> None:
+    soft, binary = small_model(), small_model()
+    binary.previous_mask = "binary"
+    image, previous, points = inputs(224, 224)
+    previous[0, 0, 0, :3] = torch.tensor([0.5, 0.50001, 0.49999])
+    with torch.no_grad():
+        assert torch.equal(binary(image, previous, points), soft(image, (previous > 0.5).double(), points))
+        assert not torch.equal(binary(image, previous, points), soft(image, previous, points))
+    with pytest.raises(ValueError, match="previous_mask must be one of: soft, binary, got 'hard'"):
+        SimpleClick("vit_xt", 224, "hard")
+
+
 def test_half_precision_still_gives_float32_logits() -> None:
     model = small_model().float()
     image, previous, points = inputs(224, 224)

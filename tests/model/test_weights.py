@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import struct
 import sys
 import types
@@ -93,6 +94,18 @@ def test_a_rectangular_model_comes_back(tmp_path: Path) -> None:
     assert load_model(tmp_path).image_size == (224, 448)
 
 
+def test_the_form_of_the_previous_mask_is_part_of_the_model(model: SimpleClick, saved: Path, tmp_path: Path) -> None:
+    binary = SimpleClick("vit_xt", 224, "binary")
+    binary.load_state_dict(model.state_dict())
+    save_model(tmp_path / "binary", binary, {})
+    assert (load_model(saved).previous_mask, load_model(tmp_path / "binary").previous_mask) == ("soft", "binary")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (saved, tmp_path / "binary")]
+    assert weights[0] != weights[1], "their digest stands for the model"
+    shutil.copyfile(saved / "config.json", tmp_path / "binary" / "config.json")
+    with pytest.raises(ValueError, match=r"says previous_mask=None, model\.safetensors was made with .*=binary; train"):
+        load_model(tmp_path / "binary")
+
+
 def test_a_loaded_model_does_not_follow_its_file(model: SimpleClick, saved: Path) -> None:
     loaded = load_model(saved)
     with (saved / "model.safetensors").open("r+b") as file:  # in place: a mapping of the file would change too
@@ -148,6 +161,7 @@ def set_nan(state: State) -> None:
         (configure('{"variant": "vit_xt", "image_size": 300}'), "multiples of 224"),
         (configure('{"variant": "vit_xt", "image_size": true}'), "image_size must be pixels"),
         (configure('{"variant": "vit_xt"}'), "image_size must be pixels"),
+        (configure('{"variant": "vit_xt", "image_size": 224, "previous_mask": []}'), "must be one of: soft, binary"),
         (configure('{"variant": ["vit_xt"]}'), "variant set to one of: vit_b, vit_l, vit_h, vit_xt"),
         (configure("[" * 100_000), "not readable JSON"),
         (configure("{"), "not readable JSON"),

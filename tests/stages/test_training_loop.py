@@ -114,6 +114,10 @@ def saved_model(folder: Path, run: Run) -> Storage:
 def test_a_pretraining_gives_all_weights_to_the_bit(tmp_path: Path) -> None:
     source = saved_model(tmp_path, tiny_run(seed=5))
     expected, found = initial_model(tiny_run(seed=5)), initial_model(tiny_run(seed=6), source)
+    assert found.previous_mask == "soft"
+    run = tiny_run(seed=6)
+    binary = run.model_copy(update={"model": run.model.model_copy(update={"previous_mask": "binary"})})
+    assert initial_model(binary, source).previous_mask == initial_model(binary).previous_mask == "binary"
     assert found.state_dict().keys() == expected.state_dict().keys()
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     trainable = {name for name, parameter in expected.named_parameters() if parameter.requires_grad}
