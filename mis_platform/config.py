@@ -249,6 +249,8 @@ class AugmentConfig(Settings):
 class ModelConfig(Settings):
     """The click model (SimpleClick)."""
 
+    younger: ClassVar[frozenset[str]] = frozenset({"previous_mask"})
+
     variant: Literal["vit_b", "vit_l", "vit_h", "vit_xt"] = "vit_b"
     image_size: int = Field(448, ge=WINDOW, multiple_of=WINDOW)  # pixels, square training crop
     init: Literal["mae", "random"] = "mae"

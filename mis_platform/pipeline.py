@@ -206,8 +206,6 @@ def zoom_size_of(dataset: Dataset, run: Run) -> int:
 def _model_identity(run: Run) -> dict[str, Any]:
     """The model's settings, with the content of its MAE weights in place of their path; missing weights show here."""
     settings = plain(run.model)
-    if run.model.previous_mask == "soft":  # addresses are older than that setting, and stay
-        del settings["previous_mask"]
     if run.model.init == "mae":
         path = fetch_mae(run.model.variant) if run.model.init_weights is None else Path(run.model.init_weights)
         settings["init_weights"] = _file_digest(path)
@@ -216,8 +214,7 @@ def _model_identity(run: Run) -> dict[str, Any]:
 
 def _shape_identity(run: Run) -> dict[str, Any]:
     """The model's settings where another training gives its weights."""
-    beside = {} if run.model.previous_mask == "soft" else {"previous_mask": run.model.previous_mask}
-    return {"variant": run.model.variant, "image_size": run.model.image_size, **beside}
+    return {name: value for name, value in plain(run.model).items() if name not in ("init", "init_weights")}
 
 
 def _target_identity(dataset: Dataset, run: Run) -> dict[str, Any]:

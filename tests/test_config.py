@@ -181,7 +181,8 @@ def test_the_fingerprint_of_the_paper_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("name", "default", "other"), [("features.batch_size", 1, 8), ("eval.precision", "fp32", "bf16")]
+    ("name", "default", "other"),
+    [("features.batch_size", 1, 8), ("eval.precision", "fp32", "bf16"), ("model.previous_mask", "soft", "binary")],
 )
 def test_settings_younger_than_artifacts_leave_their_addresses(name, default, other):
     group, leaf = name.split(".")
