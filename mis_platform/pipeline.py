@@ -11,7 +11,7 @@ from typing import Any
 
 from mis_platform.artifacts import MANIFEST, REPAIR, Stage, read_manifest, sha256
 from mis_platform.baselines.sources import source_settings
-from mis_platform.config import Resources, Run, check_fbrs, check_simpleclick, fingerprint, plain
+from mis_platform.config import TRAINED, Resources, Run, check_fbrs, check_simpleclick, fingerprint, plain
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
@@ -169,6 +169,13 @@ def method_clicks_stage(dataset: Dataset, run: Run, resources: Resources) -> Sta
         config=config,
         run=lambda inputs, out: evaluate.evaluate_method(dataset, run.method, run.classical, run.eval, resources, out),
     )
+
+
+def protocol(dataset: Dataset, run: Run) -> dict[str, Any]:
+    """What `run` is scored under on `dataset`, before it is."""
+    if run.method == TRAINED:
+        return evaluate.protocol_of_model(run.eval, zoom_size_of(dataset, run))
+    return evaluate.protocol_of_method(run.method, run.eval)
 
 
 def overlap_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
 from mis_platform.artifacts import Stage, check_missing, ensure, read_manifest, walk
-from mis_platform.comparison import Comparison, Outcome, compare, render
+from mis_platform.comparison import Comparison, Outcome, check_protocols, compare, render
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
 from mis_platform.data.benchmarks import Dataset
@@ -156,7 +157,7 @@ def prepare(
     """The sweep that these words name. A row that cannot start (weights or data missing) is refused, with its reason.
 
     writes: whether photos that a profile makes may be left below the root; a sweep that is to run needs them there.
-    Raises ValueError for unknown names and settings.
+    Raises ValueError for unknown names and settings, and for rows that would be scored under different protocols.
     """
     whole = load_experiment(name).with_profile(profile).with_settings(assignments)
     experiment = whole.select(only)
@@ -170,7 +171,17 @@ def prepare(
                 tasks.append(task)
             except ValueError as error:
                 refused[row.name, seed] = str(error)
+    _check_protocols(tasks)  # before hours of work that no table may show
     return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), whole, tuple(assignments), refused)
+
+
+def _check_protocols(tasks: Iterable[Task]) -> None:
+    planned = []
+    for task in tasks:
+        if "clicks" in task.measure:
+            protocols = {each.name: pipeline.protocol(each, task.run) for each in task.benchmarks}
+            planned.append(Outcome(task.row, task.seed, "done", "", {}, {}, protocols))
+    check_protocols(planned)
 
 
 def _plain_rows(experiment: Experiment) -> list[Any]:
@@ -601,16 +612,26 @@ def _record_report(
 
 
 def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracker) -> None:
-    """The row with the least NoC@90 on its first benchmark becomes a version of the registered model `mis-NAME`."""
-    trained = {task.row.name for task in sweep.tasks if task.is_trained}
-    known = [cell for cell in comparison.cells if cell.metric == "noc90" and cell.mean is not None]
-    known = [cell for cell in known if cell.row in trained]
-    known = [cell for cell in known if cell.dataset == known[0].dataset]
-    if not known:
+    """The best trained row of a whole experiment becomes a version of a registered model; part of one has no best."""
+    if sweep.experiment.rows != sweep.whole.rows:
         return
-    best = min(known, key=lambda cell: cell.mean if cell.mean is not None else float("inf"))
-    done = (task for task in sweep.tasks if task.is_done(sweep.root, sweep.resources))
-    _register(sweep, next(task for task in done if task.row.name == best.row), parent)
+    done = {task.row.name: task for task in reversed(sweep.tasks) if task.is_done(sweep.root, sweep.resources)}
+    best = best_row(comparison, [name for name, task in done.items() if task.is_trained])
+    if best is not None:
+        _register(sweep, done[best], parent)
+
+
+def best_row(comparison: Comparison, rows: Sequence[str]) -> str | None:
+    """Of `rows`, the one with the least NoC@90 on the first benchmark; of equals NoC@85 decides, then the IoU."""
+    known = [cell for cell in comparison.cells if cell.row in rows and cell.mean is not None]
+    dataset = next((cell.dataset for cell in known if cell.metric == "noc90"), None)
+    means = {(cell.row, cell.metric): cell.mean for cell in known if cell.dataset == dataset}
+    scored = [row for row in rows if (row, "noc90") in means]
+    return min(
+        scored,
+        key=lambda row: (means[row, "noc90"], means.get((row, "noc85"), math.inf), -(means.get((row, "iou5")) or 0.0)),
+        default=None,
+    )
 
 
 def _register(sweep: Sweep, task: Task, parent: tracking.Tracker) -> None:
@@ -621,7 +642,8 @@ def _register(sweep: Sweep, task: Task, parent: tracking.Tracker) -> None:
         return
     licence = licence_of(describe(model))
     side = task.run.model.image_size
-    parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}", (side, side), licence)
+    other = "" if sweep.size == sweep.profile else f"-{sweep.parent}"  # settings that make another size of it
+    parent.register_model(model, f"mis-{sweep.name}-{sweep.profile}{other}", (side, side), licence)
 
 
 def _write_failures(sweep: Sweep, failures: Mapping[str, str]) -> None:

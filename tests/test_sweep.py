@@ -22,6 +22,7 @@ from ray.util.state import list_actors
 
 from mis_platform import cli, sweep, trial
 from mis_platform.artifacts import git_commit
+from mis_platform.comparison import Cell, Comparison
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
@@ -110,6 +111,57 @@ def test_a_pretraining_has_its_own_photos_and_is_a_row_of_other_tables(
     assert {task.pretraining_photos for task in starts} == {shared.photos} != {task.photos for task in starts}
     expected = shared.training(Resources()).fingerprint
     assert {stage.fingerprint for task in starts if (stage := task.pretraining(Resources()))} == {expected}
+
+
+def test_rows_under_different_protocols_are_refused_before_they_run(experiments: Path, tmp_path: Path) -> None:
+    other = 'Row("twin", changed(Run(), **{"eval.threshold": 0.49}))'
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', other))
+    with pytest.raises(ValueError, match=r"good and twin were scored on synthetic under .*threshold: 0\.5.* 0\.49"):
+        prepare(tmp_path)
+    assert prepare(tmp_path, only=["twin"]).refused == {}
+    method = 'Row("twin", changed(Run(), method="graphcut"))'
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', method))
+    assert len(prepare(tmp_path).tasks) == 3, "what methods are asked compares with what models are asked"
+
+
+def scored(row: str, metric: str, mean: float | None, dataset: str = "grabcut") -> Cell:
+    return Cell(row, dataset, metric, "done", 1, 50, mean, None, None, None, None, None, "", None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cells", "best"),
+    [
+        ([], None),
+        ([("a", "noc90", 20.0), ("b", "noc90", 19.0), ("c", "noc90", None)], "b"),
+        ([("a", "noc85", 9.0), ("b", "noc85", 8.0), ("a", "noc90", 20.0), ("b", "noc90", 20.0)], "b"),
+        ([("a", "noc90", 20.0), ("b", "noc90", 20.0), ("a", "iou5", 0.2), ("b", "iou5", 0.6)], "b"),
+        ([("a", "noc85", 8.0), ("b", "noc85", 9.0), ("a", "noc90", 20.0), ("b", "noc90", 19.5)], "b"),
+        ([("quoted", "noc90", 1.0), ("a", "noc90", 20.0)], "a"),
+    ],
+)
+def test_the_best_row_has_the_fewest_clicks_and_of_equals_the_highest_iou(
+    cells: list[tuple[str, str, float | None]], best: str | None
+) -> None:
+    """At small sizes no row reaches 90 %: the first of them is not the best."""
+    elsewhere = [scored("a", "noc90", 1.0, "sbd")]
+    found = Comparison("", "", "small", "", 0.3, (), (*(scored(*cell) for cell in cells), *elsewhere), (), {})
+    if not cells:
+        found = dataclasses.replace(found, cells=())
+    assert sweep.best_row(found, ["a", "b", "c"]) == best
+
+
+def test_a_part_of_an_experiment_registers_no_model(
+    experiments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of the rows that were asked for may be worse than the version that is there."""
+    registered: list[str] = []
+    monkeypatch.setattr(sweep, "_register", lambda _, task, parent: registered.append(task.row.name))
+    monkeypatch.setattr(trial.Task, "is_done", lambda *_: True)
+    cells = (scored("good", "noc90", 3.0), scored("twin", "noc90", 2.0))
+    found = Comparison("", "", "smoke", "", 0.3, (), cells, (), {})
+    for only in (["good"], []):
+        sweep._register_best(prepare(tmp_path, only=only), found, None)  # type: ignore[arg-type]
+    assert registered == ["twin"]
 
 
 def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Path, tmp_path: Path) -> None:
@@ -441,6 +493,9 @@ def test_too_many_trials_are_refused_with_the_arithmetic(
     with pytest.raises(ValueError, match=r"resources\.trials=99 needs a CPU for each"):
         sweep.run_sweep(prepare(tmp_path, resources=Resources(trials=99)))
     assert time.monotonic() - began < 5
+    with pytest.raises(ValueError, match=r"resources\.num_workers=32 needs at least 32 x 0\.1 = 3\.2 CPUs"):
+        sweep.run_sweep(prepare(tmp_path, resources=Resources(num_workers=32)))
+    assert not (tmp_path / "trees").exists(), "before anything is made"
 
 
 @pytest.mark.ray

@@ -91,8 +91,7 @@ def evaluate_model(
         job = Clicking(_absolute(dataset), model_dir, config, zoom_size, batch, "cuda" if gpus else "cpu")
         share = math.ceil(len(dataset) / _workers(resources, gpus))  # a small benchmark is for all workers, too
         found = _score(job, max(CHUNK_IMAGES, min(ROUNDS * batch, share)), resources, gpus, out)
-    protocol = {"fingerprint": protocol_fingerprint(config, zoom_size), "zoom_size": zoom_size, **_settings(config)}
-    return _clicks_output(dataset, found, protocol)
+    return _clicks_output(dataset, found, protocol_of_model(config, zoom_size))
 
 
 def evaluate_method(
@@ -107,8 +106,17 @@ def evaluate_method(
     job = Answering(_absolute(dataset), method, classical, config)
     with cluster.cluster(out, dataset):
         found = _score(job, CHUNK_IMAGES, resources, 0, out)
-    protocol = {"fingerprint": click_model_fingerprint(config), "family": method, **robot_settings(config)}
-    return _clicks_output(dataset, found, protocol)
+    return _clicks_output(dataset, found, protocol_of_method(method, config))
+
+
+def protocol_of_model(config: EvalConfig, zoom_size: int) -> Row:
+    """What a trained model is scored under, as its artifact and report say it. zoom_size: of the network's input."""
+    return {"fingerprint": protocol_fingerprint(config, zoom_size), "zoom_size": zoom_size, **_settings(config)}
+
+
+def protocol_of_method(method: str, config: EvalConfig) -> Row:
+    """As `protocol_of_model`, for what needs no training and is asked at image size."""
+    return {"fingerprint": click_model_fingerprint(config), "family": method, **robot_settings(config)}
 
 
 def _clicks_output(dataset: Dataset, found: "Sequence[Found]", protocol: Row) -> Output:

@@ -289,6 +289,7 @@ def trials_at_once(resources: Resources) -> int:
         )
     if trials > cpus:
         raise ValueError(f"resources.trials={trials} needs a CPU for each, the cluster has {cpus}")
+    plan(resources.model_copy(update={"trials": trials}))  # what the workers of each will ask for
     return trials
 
 
