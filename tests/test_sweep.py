@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import ray
 from commands import mis
-from processes import kill_group
+from processes import kill_group, wait_until
 from ray.util.state import list_actors
 
 from mis_platform import cli, sweep, trial
@@ -619,16 +621,21 @@ def test_every_experiment_runs_at_smoke(
 
 # -- kill -9 of everything, five times -------------------------------------------------------------------------------
 
-KILL_AFTER = ("trees: ", "sweep: 2 training", ": step 1", ": step 1", "1/2 trainings done")
+KILL_WHEN: dict[str, Callable[[Path, str], bool]] = {
+    "trees are made": lambda root, said: "trees: " in said,
+    "trainings are about to start": lambda root, said: "sweep: 4 training" in said,
+    "a training steps": lambda root, said: ": step 1," in said,
+    "a model is scored": lambda root, said: any(root.glob("clicks/*/*/*.parquet")),
+    "rows are recorded": lambda root, said: any(root.glob("mlflow-artifacts/*/artifacts/**/*.png")),
+}
 
 
-def start(root: Path) -> subprocess.Popen[str]:
+def start(root: Path, said: IO[str] | None = None) -> subprocess.Popen[str]:
     words = ["run", "sweep", "ablation_alpha", "--profile", "smoke", "--root", str(root)]
-    words += ["--only", "alpha=0.9", "--only", "alpha=0.0", "--set", "resources.checkpoint_every=2"]
-    words += ["--set", "resources.log_every=1"]
+    words += ["--set", "resources.checkpoint_every=2", "--set", "resources.log_every=1"]
     return subprocess.Popen(
         [sys.executable, "-m", "mis_platform.cli", *words],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if said is None else said,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
@@ -685,22 +692,20 @@ def test_a_sweep_whose_ray_is_stopped_with_it_does_not_wait_for_trials(tmp_path:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_killed_five_times_is_the_same_table(tmp_path: Path) -> None:
-    """Bounded: five kills and two whole runs take some fifteen minutes on two cores."""
-    for stage in KILL_AFTER:
-        with start(tmp_path / "killed") as child:
-            assert child.stdout is not None
-            began = time.monotonic()
-            for line in child.stdout:
-                if stage in line or time.monotonic() - began > 300:
-                    break
+    """Bounded: five kills and two whole runs take some ten minutes on two cores."""
+    root = tmp_path / "killed"
+    for number, is_reached in enumerate(KILL_WHEN.values()):
+        log = tmp_path / f"{number}.log"
+        with log.open("w") as said, start(root, said) as child:
+            wait_until(lambda: is_reached(root, log.read_text()), child, seconds=300)  # noqa: B023
             kill_everything(child)
     finish(start(tmp_path / "killed"))
     finish(start(tmp_path / "whole"))
     assert table_of(tmp_path / "killed") == table_of(tmp_path / "whole")
     database = tmp_path / "killed" / "mlflow.db"
     parents = "select count(*) from tags where key = 'mlflow.parentRunId'"
-    assert rows_of(database, "select count(*) from runs") == [(3,)], "one parent, a child for each row"
-    assert rows_of(database, parents) == [(2,)]
+    assert rows_of(database, "select count(*) from runs") == [(5,)], "one parent, a child for each row"
+    assert rows_of(database, parents) == [(4,)]
     assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
     curve = "select step from metrics where key = 'train/loss' group by run_uuid, step"
-    assert sorted(step for (step,) in rows_of(database, curve)) == sorted([*range(1, 7)] * 2)
+    assert sorted(step for (step,) in rows_of(database, curve)) == sorted([*range(1, 7)] * 4)
