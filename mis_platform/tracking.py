@@ -66,6 +66,7 @@ SECONDS_BETWEEN_FLUSHES = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a store that did not answer is asked again; doubled each time
 OPENING_SECONDS = 10.0  # that a run waits for a store that is slow to open it
 FAILURES, FAILING_SECONDS = 5, 15.0  # in a row: a store that fails so often, or so long, is away
+GRACE, SECONDS_BETWEEN_GRACES = 1.0, 10.0  # seconds that a store that is away is waited for, and how often
 METRICS_IN_BATCH, PARAMS_IN_BATCH = 1000, 100  # limits of MLflow
 LONGEST_DIGEST = 36  # characters, limit of MLflow
 # What a store says that may answer next time; everything else it says is final.
@@ -363,7 +364,6 @@ class Tracker:
         finally:
             self.save()
         if wait and not last.is_done:
-            logger.warning("MLflow has not got everything; the rest follows with the next run on this root")
             self._outbox.give_up()
 
     def __enter__(self) -> "Tracker":
@@ -464,7 +464,8 @@ class _Outbox:
         self._thread: threading.Thread | None = None
         self._attempts = self._failures = 0  # the latter since the last success
         self._failing_since = self._ask_again = 0.0
-        self._asked = -math.inf  # when the last attempt ended
+        self._asked = self._graced = -math.inf  # when the last attempt ended; when it was last waited for while away
+        self._is_told = False
         self._changed = threading.Condition()
 
     def sender(self) -> "_Sender":
@@ -481,14 +482,18 @@ class _Outbox:
     def wait_for(self, letter: _Letter, seconds: float | None = None, failures: int | None = None) -> None:
         """Until it has been sent or the store is away: unless it was asked just now, it is asked once more, at once.
 
+        A store that is away already is waited for a second in ten: a sweep must not wait with each of its many rows.
         seconds: at most that long; failures: give up after so many in a row instead of what counts as away.
         """
         with self._changed:
+            was_away = self._is_away(FAILURES)
             just_asked = time.monotonic() - self._asked < SECONDS_BETWEEN_FLUSHES
             asked = self._attempts
-            if not (just_asked and self._is_away(FAILURES)):
+            if not (just_asked and was_away):
                 self._ask_again = 0.0
                 self._changed.notify_all()
+            if was_away and not self._is_back():
+                return
 
             def is_over() -> bool:
                 is_away = (just_asked or self._attempts > asked) and self._is_away(failures or FAILURES)
@@ -496,8 +501,18 @@ class _Outbox:
 
             self._changed.wait_for(is_over, seconds)
 
+    def _is_back(self) -> bool:
+        now = time.monotonic()
+        if now - self._graced < SECONDS_BETWEEN_GRACES:
+            return False
+        self._graced = now
+        return self._changed.wait_for(lambda: self._failures == 0 or self._thread is None, GRACE)
+
     def give_up(self) -> None:
         """Leave what ended runs still have to say to the next process."""
+        if not self._is_told:
+            self._is_told = True
+            logger.warning("MLflow has not got everything; the rest follows with the next run on this root")
         gone = {tracker for tracker in self._waiting() if tracker.give_up()}
         with self._changed:
             self._letters = deque(letter for letter in self._letters if letter.tracker not in gone)

@@ -372,6 +372,33 @@ def test_a_server_that_hangs_holds_up_no_step(root: Storage, tmp_path: Path, mon
         assert sorted((point.step, point.value) for point in history) == [(step, float(step)) for step in range(1000)]
 
 
+def test_many_runs_wait_once_for_a_server_that_hangs(
+    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a sweep opens a run for each of its rows, after everything is computed."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setattr(tracking, "OPENING_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "FAILING_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.01)
+    monkeypatch.setattr(tracking, "GRACE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with tracking.open_run(root, **ABOUT):
+            pass
+        began = time.monotonic()
+        for row in range(20):
+            with tracking.open_run(root, **{**ABOUT, "fingerprint": f"row {row}"}) as tracker:
+                tracker.log_metrics({"loss": float(row)})
+        assert time.monotonic() - began < 5, "each used to wait for two or three seconds"
+    assert sum("has not got everything" in record.message for record in caplog.records) == 1
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "the next process"}):
+        pass
+    client = tracking.connect(root)
+    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
+    losses = [run.data.metrics.get("loss") for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(loss for loss in losses if loss is not None) == [float(row) for row in range(20)]
+
+
 def test_the_spool_of_a_living_process_is_left_alone(root: Storage, tmp_path: Path) -> None:
     with tracking.open_run(root, **ABOUT) as alive:
         file = alive._spool.new_file("waiting.txt")
