@@ -93,6 +93,14 @@ class Sweep:
         )
 
     @functools.cached_property
+    def twins(self) -> Mapping[str, Sequence[Task]]:
+        """Fingerprint -> the tasks that have it, in the order of the rows."""
+        found: dict[str, list[Task]] = {}
+        for task in self.tasks:
+            found.setdefault(task.fingerprint(self.resources), []).append(task)
+        return found
+
+    @functools.cached_property
     def parent(self) -> str:
         """The fingerprint of the MLflow run above the rows: one for each data set and settings, whatever part of the
         experiment is run and how often, because a row can lie under one run only.
@@ -543,7 +551,9 @@ def _child(sweep: Sweep, task: Task, wait: bool = True) -> tracking.Tracker:
 
 def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
     """Everything about a row in MLflow: why it failed, or curves, scores, pictures and the paper's numbers."""
-    about = {"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
+    twins = sweep.twins[task.fingerprint(sweep.resources)]  # rows that are one model under one protocol share a run
+    rows = "; ".join(twin.row.name for twin in twins)
+    about = {"mis.row": rows, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
     if failure is not None:
         tracker = _scores_run(sweep, task)
         tracker.set_tags({**about, tracking.ERROR: failure[:500]})
@@ -564,7 +574,8 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
         tracker.set_tags(about)
         if "clicks" not in task.measure:  # else the evaluation has said so
             jobs.log_benchmarks(tracker, task.benchmarks)
-        tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
+        for twin in reversed(twins):  # where they have different numbers, the first one's are shown
+            tracker.log_metrics({f"paper/{name}": value for name, value in twin.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
     sweep.directory.write_bytes(marker, b"")
 

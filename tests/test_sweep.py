@@ -336,6 +336,8 @@ def test_a_sweep_with_a_failing_row(
     experiments: Path, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One training serves two rows, one row fails alone, and a second run only repeats what failed."""
+    twin = 'Row("twin", Run(), {"synthetic/noc85": 1.5})'
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', twin))
     prepared = prepare(tmp_path)
     comparison = sweep.run_sweep(prepared)
     states = {line.name: line.state for line in comparison.lines}
@@ -353,6 +355,10 @@ def test_a_sweep_with_a_failing_row(
     # good and twin are one model under one protocol, hence one run: the sweep, that model, and the row that failed.
     assert [is_child for _, is_child in rows_of(database, names)].count(1) == 2
     assert ("tiny smoke", 0) in rows_of(database, names)
+    shared = rows_of(database, "select value from tags where key = 'mis.row' order by 1")
+    assert shared == [("diverges",), ("good; twin",)], "the second name is not lost"
+    paper = rows_of(database, "select key, value from metrics where key like 'paper/%' order by 1")
+    assert paper == [("paper/synthetic/noc85", 1.5), ("paper/synthetic/noc90", 2.0)]
     errors = rows_of(database, "select value from tags where key = 'mis.error'")
     assert [reason] == [value for (value,) in errors]
     assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
