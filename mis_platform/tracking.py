@@ -542,6 +542,7 @@ class _Outbox:
     def _send_each(self) -> None:
         while (letter := self._next()) is not None:
             error: Exception | None = None
+            began = time.monotonic()
             try:
                 letter.tracker.deliver(letter.event)
             except (MlflowException, OSError) as raised:
@@ -550,7 +551,7 @@ class _Outbox:
                 letter.refusal = raised
             if error is not None and not _may_pass(error):
                 letter.refusal, error = error, None
-            self._settle(letter, error)
+            self._settle(letter, error, began)
 
     def _next(self) -> _Letter | None:
         """The first letter, when it is time; None when there is none, and then no thread either."""
@@ -562,8 +563,8 @@ class _Outbox:
                 return None
             return self._letters[0]
 
-    def _settle(self, letter: _Letter, error: Exception | None) -> None:
-        """Go on to the next letter, or wait because of `error`."""
+    def _settle(self, letter: _Letter, error: Exception | None, began: float) -> None:
+        """Go on to the next letter, or wait because of `error`, for which the store was asked at `began`."""
         # No tracker is called while `_changed` is held: a tracker that posts holds its own lock first.
         if error is not None:
             with contextlib.suppress(OSError):  # a full disk is told where the run is written, in its own thread
@@ -580,7 +581,7 @@ class _Outbox:
             self._attempts += 1
             self._asked = time.monotonic()
             if error is not None:
-                self._wait(error)
+                self._wait(error, began)
             else:
                 self._failures = 0
                 letter.is_done = True
@@ -594,13 +595,13 @@ class _Outbox:
                 self._letters.popleft()
             return is_there
 
-    def _wait(self, error: Exception) -> None:
+    def _wait(self, error: Exception, began: float) -> None:
         if self._failures:  # again: perhaps it is this run that the store cannot digest, so others first
             run = self._letters[0].tracker.run if self._letters else ""
             self._letters = deque(sorted(self._letters, key=lambda each: each.tracker.run == run))
         now = time.monotonic()
         if not self._failures:
-            self._failing_since = now
+            self._failing_since = began  # not `now`: one that never answers has failed as long as it was waited for
         self._failures += 1
         if self._failures == FAILURES:
             logger.warning("MLflow does not answer, its records are kept on disk: %s", _first_line(error))
@@ -779,7 +780,7 @@ class _Spool:
     """
 
     def __init__(self, shelf: Path) -> None:
-        self.directory = shelf / uuid.uuid4().hex
+        self.directory = shelf / f"{time.time_ns()}-{uuid.uuid4().hex}"  # sorted: in the order they were opened
         self.files = self.directory / "files"
         self._events = self._bytes = 0  # in the file
         self._lock: int | None = None  # file descriptor

@@ -431,8 +431,12 @@ def test_many_runs_wait_once_for_a_server_that_hangs(
     monkeypatch.setattr(tracking, "GRACE", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
         with tracking.open_run(root, **ABOUT):
             pass
+        assert time.monotonic() - began < 4, (
+            "one question of two seconds is enough to know it, a second one is not asked"
+        )
         began = time.monotonic()
         for row in range(20):
             with tracking.open_run(root, **{**ABOUT, "fingerprint": f"row {row}"}) as tracker:
@@ -445,6 +449,29 @@ def test_many_runs_wait_once_for_a_server_that_hangs(
     (experiment,) = client.search_experiments(filter_string="name = 'mis'")
     losses = [run.data.metrics.get("loss") for run in client.search_runs([experiment.experiment_id])]
     assert sorted(loss for loss in losses if loss is not None) == [float(row) for row in range(20)]
+
+
+def test_what_a_store_has_missed_is_told_in_the_order_it_happened(
+    root: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that failed in one sweep and was finished by the next is finished."""
+    monkeypatch.setattr(tracking, "FAILURES", 1)
+    names = [f"row {number}" for number in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        for status in ("FAILED", "FINISHED"):
+            for name in names:
+                tracker = tracking.open_run(root, **ABOUT | {"fingerprint": name, "name": name}, wait=False)
+                tracker.set_tags({"mis.last": status})
+                tracker.close(status)
+    with tracking.open_run(root, **ABOUT):
+        pass
+    client = tracking.connect(root)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()], "tags.`mis.last` LIKE '%'")
+    found = {
+        run.info.run_name: (run.info.status, run.data.tags["mis.last"], run.data.tags["mis.attempt"]) for run in runs
+    }
+    assert found == dict.fromkeys(names, ("FINISHED", "FINISHED", "2"))
 
 
 def test_the_spool_of_a_living_process_is_left_alone(root: Storage, tmp_path: Path) -> None:
