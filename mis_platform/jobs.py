@@ -1,7 +1,8 @@
 """What the commands do: stages, with the record in MLflow around them.
 
 One MLflow run is one model under one click protocol: training fills in the losses, each evaluation its scores and
-pictures. The same model and protocol always find the same MLflow run again.
+pictures. The same model and protocol always find the same MLflow run again; only where several rows of a sweep have
+both in common has each its own.
 """
 
 import functools
@@ -40,15 +41,16 @@ def train(
     pretraining: Stage | None = None,
     name: str | None = None,
     parent: str | None = None,
+    identity: str | None = None,
 ) -> Storage:
     """The directory of the trained model; trees and training are only made where they are missing.
 
     pretraining: a stage that leaves the model to start from; it is finished first. name: of the MLflow run; parent:
-    fingerprint of the one it belongs to.
+    fingerprint of the one it belongs to; identity: as in `record`.
     """
     stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: log(step, metrics), pretraining)
     about = (root, experiment, name or title(run), stage.fingerprint, run, resources, parent)
-    with record(*about, computes=not stage.is_done(root)) as tracker:
+    with record(*about, identity=identity, computes=not stage.is_done(root)) as tracker:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
@@ -74,12 +76,13 @@ def evaluate(
     name: str | None = None,
     pictures: int = PICTURES,
     parent: str | None = None,
+    identity: str | None = None,
 ) -> list[report.Score]:
     """Scores of a saved model on each benchmark, in MLflow too: `grabcut/noc85`, `grabcut/iou` by clicks, pictures.
 
     run: only its `eval` settings are used; the others are those that the model was trained with, as far as it says.
-    name: of the row and the MLflow run, default `model_title`. pictures: objects drawn for each benchmark. parent: as
-    in `train`.
+    name: of the row and the MLflow run, default `model_title`. pictures: objects drawn for each benchmark. parent,
+    identity: as in `train`.
     """
     name, settings = name or model_title(model), settings_of(model, run)
     stages = [pipeline.clicks_stage(each, run, resources, model) for each in _labelled(benchmarks)]
@@ -88,7 +91,7 @@ def evaluate(
         return replay_of(model, benchmark, run)
 
     about = (root, experiment, name, model_fingerprint(model), run, resources, parent)
-    with record(*about, settings=settings, computes=not _are_done(stages, root)) as tracker:
+    with record(*about, settings=settings, identity=identity, computes=not _are_done(stages, root)) as tracker:
         tracker.set_model(model)
         return _score(tracker, benchmarks, stages, root, name, replay, pictures)
 
@@ -102,6 +105,7 @@ def evaluate_method(
     name: str | None = None,
     pictures: int = PICTURES,
     parent: str | None = None,
+    identity: str | None = None,
 ) -> list[report.Score]:
     """As `evaluate`, for run.method other than the trained model."""
     name, answering = name or run.method, pipeline.method_fingerprint(run)
@@ -112,7 +116,7 @@ def evaluate_method(
         return functools.partial(report.replay_answers, model, run.eval.threshold)
 
     about = (root, experiment, name, answering, run, resources, parent)
-    with record(*about, computes=not _are_done(stages, root)) as tracker:
+    with record(*about, identity=identity, computes=not _are_done(stages, root)) as tracker:
         return _score(tracker, benchmarks, stages, root, name, replay, pictures)
 
 
@@ -236,18 +240,19 @@ def record(
     parent: str | None = None,
     wait: bool = True,
     settings: Mapping[str, Any] | None = None,
+    identity: str | None = None,
     computes: bool = True,
 ) -> tracking.Tracker:
     """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`.
 
     wait, computes: as in `tracking.open_run`. settings: as of `settings_of`, where not those of `run` decided the
-    model.
+    model. identity: fingerprint of the MLflow run, where another run has that of the model and the protocol.
     """
     return tracking.open_run(
         root,
         experiment=experiment,
         name=name,
-        fingerprint=fingerprint({"model": model, "eval": plain(run.eval)}),
+        fingerprint=identity or fingerprint({"model": model, "eval": plain(run.eval)}),
         params=dict(flatten(run) if settings is None else settings) | flatten(resources, "resources."),
         parent=parent,
         wait=wait,

@@ -86,19 +86,11 @@ class Sweep:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the rows, their number of seeds and the data that they read: names the directory of the report."""
-        data = sorted({task.fingerprint(self.resources) for task in self.tasks})  # the same words, but other photos
+        data = sorted({task.measured(self.resources) for task in self.tasks})  # the same words, but other photos
         rows = _plain_rows(self.experiment)
         return fingerprint(
             {"sweep": self.name, "profile": self.profile, "rows": rows, "seeds": self.seeds, "data": data}
         )
-
-    @functools.cached_property
-    def twins(self) -> Mapping[str, Sequence[Task]]:
-        """Fingerprint -> the tasks that have it, in the order of the rows."""
-        found: dict[str, list[Task]] = {}
-        for task in self.tasks:
-            found.setdefault(task.fingerprint(self.resources), []).append(task)
-        return found
 
     @functools.cached_property
     def parent(self) -> str:
@@ -171,12 +163,13 @@ def prepare(
     experiment = whole.select(only)
     wheels = functools.partial(_wheels, root, writes)
     tasks, refused = [], {}
+    measured: dict[tuple[str, int], str] = {}
     for row in experiment.rows:
         for seed in range(row.seeds(seeds)):
             try:
                 task = _task(row, seed, experiment.measure, wheels, data_root, resources.untrusted)
-                task.fingerprint(resources)  # missing weights and masks show here
-                tasks.append(task)
+                measured[row.name, seed] = task.measured(resources)  # missing weights and masks show here
+                tasks.append(dataclasses.replace(task, is_twin=_is_twin(task, whole, resources, measured)))
             except ValueError as error:
                 refused[row.name, seed] = str(error)
     _check_protocols(tasks)  # before hours of work that no table may show
@@ -216,6 +209,39 @@ def _task(
     specs = [_benchmark_spec(spec, wheels, data_root) for spec in row.run.eval_datasets]
     benchmarks = tuple(pipeline.benchmark(spec, data_root, untrusted) for spec in specs)
     return Task(row, seed, photos_of(row.run), benchmarks, measure, photos_of(row.pretraining))
+
+
+def _is_twin(task: Task, whole: Experiment, resources: Resources, measured: dict[tuple[str, int], str]) -> bool:
+    """Whether an earlier row of the whole experiment is the same model under the same protocol.
+
+    measured: `Task.measured` by row and seed, that of `task` at least; what is found out is added, since it takes long
+    where there are many photos.
+    """
+
+    def reads(row: Row) -> tuple[object, ...]:
+        is_trained = _photos_of(row, whole.measure) is not None
+        start = Row(row.name, row.pretraining) if is_trained and row.pretraining else None
+        benchmarks = () if "clicks" in whole.measure else row.run.eval_datasets
+        return _photos_of(row, whole.measure), start and _photos_of(start, whole.measure), benchmarks
+
+    for row in whole.rows:
+        if row.name == task.row.name:
+            break
+        if row.quoted or reads(row) != reads(task.row):
+            continue
+        if (key := (row.name, task.seed)) not in measured:
+            measured[key] = ""  # where weights are missing, hence others than ours
+            with contextlib.suppress(ValueError):
+                measured[key] = _as_row(task, row).measured(resources)
+        if measured[key] == measured[task.row.name, task.seed]:
+            return True
+    return False
+
+
+def _as_row(task: Task, row: Row) -> Task:
+    """The task of another row that reads the same photos and benchmarks."""
+    pretraining = row.pretraining and _absolute(row.pretraining)
+    return dataclasses.replace(task, row=dataclasses.replace(row, run=_absolute(row.run), pretraining=pretraining))
 
 
 def _absolute(run: Run) -> Run:
@@ -547,36 +573,34 @@ def _parent(sweep: Sweep) -> tracking.Tracker:
 def _child(sweep: Sweep, task: Task, wait: bool = True, computes: bool = True) -> tracking.Tracker:
     """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it."""
     about = (sweep.root, sweep.name, task.name, task.model(sweep.resources), task.run, sweep.resources, sweep.parent)
-    return jobs.record(*about, wait=wait, computes=computes)
+    return jobs.record(*about, wait=wait, identity=task.fingerprint(sweep.resources), computes=computes)
 
 
 def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
     """Everything about a row in MLflow: why it failed, or curves, scores, pictures and the paper's numbers."""
-    twins = sweep.twins[task.fingerprint(sweep.resources)]  # rows that are one model under one protocol share a run
-    rows = "; ".join(twin.row.name for twin in twins)
-    about = {"mis.row": rows, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
+    about = {"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
     if failure is not None:
         tracker = _scores_run(sweep, task)
         tracker.set_tags({**about, tracking.ERROR: failure[:500]})
         tracker.close("FAILED")
         return
-    store = fingerprint({"store": tracking.tracking_uri(sweep.root), "task": task.fingerprint(sweep.resources)})
+    identity = task.fingerprint(sweep.resources)
+    store = fingerprint({"store": tracking.tracking_uri(sweep.root), "task": identity})
     marker = f"recorded/{store}"
     if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
         return
-    run, resources, root, parent = task.run, sweep.resources, sweep.root, sweep.parent
+    run, resources, root, above = task.run, sweep.resources, sweep.root, (sweep.parent, identity)
     if task.photos is not None:
         start = task.pretraining(resources)
-        model = jobs.train(task.photos, run, resources, root, sweep.name, start, task.name, parent)
-        jobs.evaluate(task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, parent)
+        model = jobs.train(task.photos, run, resources, root, sweep.name, start, task.name, *above)
+        jobs.evaluate(task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, *above)
     elif "clicks" in task.measure:
-        jobs.evaluate_method(task.benchmarks, run, resources, root, sweep.name, task.name, PICTURES, parent)
+        jobs.evaluate_method(task.benchmarks, run, resources, root, sweep.name, task.name, PICTURES, *above)
     with _scores_run(sweep, task) as tracker:
         tracker.set_tags(about)
         if "clicks" not in task.measure:  # else the evaluation has said so
             jobs.log_benchmarks(tracker, task.benchmarks)
-        for twin in reversed(twins):  # where they have different numbers, the first one's are shown
-            tracker.log_metrics({f"paper/{name}": value for name, value in twin.row.paper.items()})
+        tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
     sweep.directory.write_bytes(marker, b"")
 

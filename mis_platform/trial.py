@@ -35,6 +35,7 @@ class Task:
     benchmarks: tuple[Dataset, ...]
     measure: tuple[str, ...]
     pretraining_photos: Dataset | None = None  # of the row's pretraining, where it has one
+    is_twin: bool = False  # an earlier row of the experiment is the same model under the same protocol
 
     @property
     def run(self) -> Run:
@@ -86,7 +87,12 @@ class Task:
         return all(stage.is_done(root) for stage in stages)
 
     def fingerprint(self, resources: Resources) -> str:
-        """That of the MLflow run: the model and the protocol it is scored under."""
+        """That of the MLflow run: `measured`, and of a twin its name too, because every row has a run of its own."""
+        measured = self.measured(resources)
+        return fingerprint({"measured": measured, "row": self.row.name}) if self.is_twin else measured
+
+    def measured(self, resources: Resources) -> str:
+        """The fingerprint of the model and the protocol it is scored under, whatever the row is called."""
         if "clicks" not in self.measure:
             return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
         return fingerprint({"model": self.model(resources), "eval": plain(self.run.eval)})

@@ -25,7 +25,7 @@ from ray.util.state import list_actors
 from mis_platform import cli, sweep, trial
 from mis_platform.artifacts import git_commit
 from mis_platform.comparison import Cell, Comparison
-from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
+from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, fingerprint, flatten, override, plain
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
 from mis_platform.experiment import list_experiments
@@ -336,7 +336,7 @@ def test_a_sweep_with_a_failing_row(
     experiments: Path, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One training serves two rows, one row fails alone, and a second run only repeats what failed."""
-    twin = 'Row("twin", Run(), {"synthetic/noc85": 1.5})'
+    twin = 'Row("twin", Run(), {"synthetic/noc85": 1.5, "synthetic/noc90": 3.0})'
     (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', twin))
     prepared = prepare(tmp_path)
     comparison = sweep.run_sweep(prepared)
@@ -352,24 +352,33 @@ def test_a_sweep_with_a_failing_row(
         "select r.name, t.value is not null from runs r left join tags t "
         "on t.run_uuid = r.run_uuid and t.key = 'mlflow.parentRunId' order by 1"
     )
-    # good and twin are one model under one protocol, hence one run: the sweep, that model, and the row that failed.
-    assert [is_child for _, is_child in rows_of(database, names)].count(1) == 2
-    assert ("tiny smoke", 0) in rows_of(database, names)
-    shared = rows_of(database, "select value from tags where key = 'mis.row' order by 1")
-    assert shared == [("diverges",), ("good; twin",)], "the second name is not lost"
-    paper = rows_of(database, "select key, value from metrics where key like 'paper/%' order by 1")
-    assert paper == [("paper/synthetic/noc85", 1.5), ("paper/synthetic/noc90", 2.0)]
+    assert rows_of(database, names) == [("diverges", 1), ("good", 1), ("tiny smoke", 0), ("twin", 1)]
+    of_rows = "join tags t on t.run_uuid = r.run_uuid and t.key = 'mis.row' join metrics m on m.run_uuid = r.run_uuid"
+    paper = f"select t.value, m.key, m.value from runs r {of_rows} where m.key like 'paper/%' order by 1, 2"
+    assert rows_of(database, paper) == [
+        ("good", "paper/synthetic/noc90", 2.0),
+        ("twin", "paper/synthetic/noc85", 1.5),
+        ("twin", "paper/synthetic/noc90", 3.0),
+    ]
+    ours = f"select t.value, m.value from runs r {of_rows} where m.key = 'synthetic/noc90' order by 1"
+    (good, score), (other, same) = rows_of(database, ours)
+    assert (good, other, score) == ("good", "twin", same)
+    told = f"select r.end_time <= m.timestamp from runs r {of_rows} where t.value = 'good' and m.key like 'paper/%'"
+    assert rows_of(database, told) == [(1,)], "it ended with its trial, not when it was reported on"
     errors = rows_of(database, "select value from tags where key = 'mis.error'")
     assert [reason] == [value for (value,) in errors]
     assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
     steps = rows_of(database, "select distinct step from metrics where key = 'train/loss' order by 1")
     assert [step for (step,) in steps] == [1, 2, 3]
     assert rows_of(database, "select count(*) from model_versions") == [(1,)]
+    ends = "select run_uuid, end_time from runs order by 1"
+    ended = rows_of(database, ends)
 
     before = len(list((tmp_path / "checkpoint").glob("*")))
     assert "commits" not in capsys.readouterr().err
     pretend_commit(next(tmp_path.glob("trees/*/manifest.json")), "f00d" * 10)
     second = sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
+    assert rows_of(database, ends) == ended, "nothing was computed, and no row was recorded twice"
     assert len(list((tmp_path / "checkpoint").glob("*"))) == before
     both = ", ".join(sorted({git_commit() or "unknown", "f00d" * 10}))
     assert second.about["commits"] == both
@@ -715,3 +724,68 @@ def test_killed_five_times_is_the_same_table(tmp_path: Path) -> None:
     assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
     curve = "select step from metrics where key = 'train/loss' group by run_uuid, step"
     assert sorted(step for (step,) in rows_of(database, curve)) == sorted([*range(1, 7)] * 4)
+
+
+# -- rows that are one model under one protocol ----------------------------------------------------------------------
+
+
+def test_rows_that_share_a_model_have_a_run_each(experiments: Path, tmp_path: Path) -> None:
+    """The first keeps the run that the model has anyway; which one a row has does not depend on what else is run."""
+    twins = 'Row("twin", Run()), Row("third", Run())'
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', twins))
+    here = Resources()
+    whole = prepare(tmp_path, seeds=2)
+    assert [(task.name, task.is_twin) for task in whole.tasks] == [
+        ("good", False),
+        ("good seed 1", False),
+        ("twin", True),
+        ("twin seed 1", True),
+        ("third", True),
+        ("third seed 1", True),
+        ("diverges", False),
+        ("diverges seed 1", False),
+    ]
+    runs = {task.name: task.fingerprint(here) for task in whole.tasks}
+    assert len(set(runs.values())) == 8
+    assert len({task.training(here).fingerprint for task in whole.tasks}) == 4, "what is trained is shared all the same"
+    for task in whole.tasks:
+        alone = prepare(tmp_path, seeds=2, only=[task.row.name])
+        assert runs[task.name] == alone.tasks[task.seed].fingerprint(here)
+    for task in (task for task in whole.tasks if not task.is_twin):
+        expected = fingerprint({"model": task.training(here).fingerprint, "eval": plain(task.run.eval)})
+        assert runs[task.name] == expected, "as without a sweep"
+
+
+@pytest.mark.parametrize("change", ["eval.threshold=0.4", "method=graphcut", "dataset=folder:elsewhere"])
+def test_rows_that_differ_in_anything_are_no_twins(experiments: Path, tmp_path: Path, change: str) -> None:
+    synthetic.write_photos(tmp_path / "elsewhere", 2)
+    name, _, value = change.replace("folder:elsewhere", f"folder:{tmp_path / 'elsewhere'}").partition("=")
+    other = f'Row("twin", changed(Run(), **{{{name!r}: {value if value[0] == "0" else repr(value)}}}))'
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', other))
+    assert [task.is_twin for task in prepare(tmp_path, only=["twin"]).tasks] == [False]
+
+
+def test_rows_whose_proposals_are_measured_are_twins_on_the_same_objects_only(
+    experiments: Path, tmp_path: Path
+) -> None:
+    names = {"good": "objects", "twin": "objects", "other": "fewer"}
+    for count, folder in enumerate(("fewer", "objects"), 1):
+        synthetic.write_benchmark(tmp_path / folder, count)
+    rows = [
+        f'Row("{name}", changed(Run(), eval_datasets=("synthetic:{tmp_path / folder}",))),'
+        for name, folder in names.items()
+    ]
+    text = TINY.replace('Row("twin", Run()),', " ".join(rows[1:])).replace("rows=(", 'measure=("overlap",), rows=(')
+    (experiments / "tiny.py").write_text(text.replace('Row("good", Run(), {"synthetic/noc90": 2.0}),', rows[0]))
+    prepared = prepare(tmp_path, assignments=[], only=["twin", "other"])
+    assert {task.name: task.is_twin for task in prepared.tasks} == {"twin": True, "other": False}
+
+
+def test_twins_among_the_experiments_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features without a network have neither position embeddings nor layers."""
+    monkeypatch.setenv("MIS_EXPERIMENTS", str(FOLDER))
+    words = {"profile": "smoke", "root": Storage(str(tmp_path)), "data_root": None, "resources": Resources()}
+    prepared = sweep.prepare("ablation_fidelity", **words)  # type: ignore[arg-type]
+    twins = [task.name for task in prepared.tasks if task.is_twin]
+    assert twins == ["position_resize=bilinear", "layer=last_block"]
+    assert len({task.fingerprint(Resources()) for task in prepared.tasks}) == len(prepared.tasks)
