@@ -24,7 +24,7 @@ from mis_platform.progress import heard_by
 from mis_platform.storage import Storage
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at the bell, and at the work
-ENDING_SECONDS = 5.0  # for work that was given up: more than two looks of an evaluation at its workers
+ENDING_SECONDS = 3.0  # for work that is to stop: an evaluation looks up every two, a computation at the next photo
 ALIVE, METRICS, DOING, FAILED, DONE, STOPPED = "alive", "metrics", "doing", "failed", "done", "stopped"
 
 Say = Callable[[str, Any], None]  # a kind of sign, and what goes with it
