@@ -47,7 +47,8 @@ def train(
     fingerprint of the one it belongs to.
     """
     stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: log(step, metrics), pretraining)
-    with record(root, experiment, name or title(run), stage.fingerprint, run, resources, parent) as tracker:
+    about = (root, experiment, name or title(run), stage.fingerprint, run, resources, parent)
+    with record(*about, computes=not stage.is_done(root)) as tracker:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
@@ -86,8 +87,8 @@ def evaluate(
     def replay(benchmark: Dataset) -> Replay:
         return replay_of(model, benchmark, run)
 
-    answering = model_fingerprint(model)
-    with record(root, experiment, name, answering, run, resources, parent, settings=settings) as tracker:
+    about = (root, experiment, name, model_fingerprint(model), run, resources, parent)
+    with record(*about, settings=settings, computes=not _are_done(stages, root)) as tracker:
         tracker.set_model(model)
         return _score(tracker, benchmarks, stages, root, name, replay, pictures)
 
@@ -110,7 +111,8 @@ def evaluate_method(
         model = build_click_model(run.method, run.classical)
         return functools.partial(report.replay_answers, model, run.eval.threshold)
 
-    with record(root, experiment, name, answering, run, resources, parent) as tracker:
+    about = (root, experiment, name, answering, run, resources, parent)
+    with record(*about, computes=not _are_done(stages, root)) as tracker:
         return _score(tracker, benchmarks, stages, root, name, replay, pictures)
 
 
@@ -143,7 +145,8 @@ def score_proposals(benchmarks: Sequence[Dataset], runs: Sequence[Run], resource
     for benchmark, run in itertools.product(_labelled(benchmarks), runs):
         name = f"proposals {run.target.source} {run.features.extractor}"
         stage = pipeline.overlap_stage(benchmark, run, resources)
-        with record(root, f"{EXPERIMENT}-proposals", name, stage.fingerprint, run, resources) as tracker:
+        about = (root, f"{EXPERIMENT}-proposals", name, stage.fingerprint, run, resources)
+        with record(*about, computes=not stage.is_done(root)) as tracker:
             about = read_manifest(finish(stage, root))["summary"]
             numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
@@ -159,6 +162,10 @@ def finish(stage: Stage, root: Storage) -> Storage:
     check_missing(stage, root)
     with cluster(root):
         return ensure(stage, root)
+
+
+def _are_done(stages: Sequence[Stage], root: Storage) -> bool:
+    return all(stage.is_done(root) for stage in stages)
 
 
 def title(run: Run) -> str:
@@ -229,11 +236,12 @@ def record(
     parent: str | None = None,
     wait: bool = True,
     settings: Mapping[str, Any] | None = None,
+    computes: bool = True,
 ) -> tracking.Tracker:
     """The MLflow run of a model, by the fingerprint of its training, under the click protocol of `run`.
 
-    wait: for a slow store, as in `tracking.open_run`. settings: as of `settings_of`, where not those of `run`
-    decided the model.
+    wait, computes: as in `tracking.open_run`. settings: as of `settings_of`, where not those of `run` decided the
+    model.
     """
     return tracking.open_run(
         root,
@@ -243,6 +251,7 @@ def record(
         params=dict(flatten(run) if settings is None else settings) | flatten(resources, "resources."),
         parent=parent,
         wait=wait,
+        computes=computes,
     )
 
 

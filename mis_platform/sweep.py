@@ -561,13 +561,14 @@ def _parent(sweep: Sweep) -> tracking.Tracker:
         fingerprint=sweep.parent,
         params={"profile": sweep.profile, "seeds": sweep.seeds, "rows": [row.name for row in sweep.whole.rows]},
         tags={"mis.question": sweep.experiment.question, "mis.source": sweep.experiment.source},
+        computes=not all(task.is_done(sweep.root, sweep.resources) for task in sweep.tasks),
     )
 
 
-def _child(sweep: Sweep, task: Task, wait: bool = True) -> tracking.Tracker:
+def _child(sweep: Sweep, task: Task, wait: bool = True, computes: bool = True) -> tracking.Tracker:
     """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it."""
-    model = task.model(sweep.resources)
-    return jobs.record(sweep.root, sweep.name, task.name, model, task.run, sweep.resources, sweep.parent, wait)
+    about = (sweep.root, sweep.name, task.name, task.model(sweep.resources), task.run, sweep.resources, sweep.parent)
+    return jobs.record(*about, wait=wait, computes=computes)
 
 
 def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
@@ -602,8 +603,9 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
 
 
 def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
+    """The run that the scores of a row go to, which are there already."""
     if "clicks" in task.measure:
-        return _child(sweep, task)
+        return _child(sweep, task, computes=False)
     return tracking.open_run(
         sweep.root,
         experiment=sweep.name,
@@ -611,6 +613,7 @@ def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
         fingerprint=task.fingerprint(sweep.resources),
         params=flatten(task.run) | flatten(sweep.resources, "resources."),
         parent=sweep.parent,
+        computes=False,
     )
 
 

@@ -229,6 +229,7 @@ def open_run(
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
     wait: bool = True,
+    computes: bool = True,
 ) -> "Tracker":
     """The MLflow run of a fingerprint, made if it is not there yet.
 
@@ -237,6 +238,8 @@ def open_run(
     since MLflow forbids changing them; one that differs now (only Resources may) becomes the tag `latest.<name>`. So
     does the commit: an evaluation years later must not pass for the code that trained.
     wait: for the store to open it; False where waiting for a slow one would hold something up.
+    computes: whether anything is computed while it is open. Where nothing is, a run that had ended keeps its end, so
+    that its duration remains that of the work, and is not counted up to a report weeks later.
     Raises ValueError when the store refuses (unknown kind, no access); when it does not answer, the run starts without.
     """
     outbox = _outbox(root)
@@ -252,6 +255,7 @@ def open_run(
         "tags": {key: scrub(str(value)) for key, value in about.items()},
         "opened": int(time.time() * 1000),
         "parent": parent,
+        "computes": computes,
     }
     for orphan in _orphans(shelf, outbox):
         orphan.post()
@@ -357,7 +361,7 @@ class Tracker:
         with self._guard:
             self._post_metrics()
             self._is_closed = True
-            last = self._post({"status": status})
+            last = self._post({"status": status, "at": int(time.time() * 1000)})
         try:
             if wait:
                 self._outbox.wait_for(last)
@@ -620,6 +624,7 @@ class _Sender:
         self._client, self._database = client, database
         self._known: dict[str, set[int]] = {}  # metric -> steps that are in the store
         self._is_new = False  # made by this sender: there is nothing in the store that could be sent twice
+        self._end: int | None = None  # milliseconds: that the run keeps
         self._run_id: str | None = None
 
     @property
@@ -628,7 +633,7 @@ class _Sender:
 
     def send(self, event: Event, files: Path) -> None:
         """Raises MlflowException or OSError when the store does not take it. files: where artifacts wait."""
-        ((kind, value),) = event.items()
+        kind, value = next(iter(event.items()))
         if kind == "open":
             with self._opening():
                 self._open(value)
@@ -646,7 +651,7 @@ class _Sender:
             self._register(self._run_id, *value)
         else:
             assert kind == "status", kind
-            self._client.set_terminated(self._run_id, value)
+            self._client.set_terminated(self._run_id, value, self._end or event.get("at"))
 
     def _opening(self) -> contextlib.AbstractContextManager[None]:
         """Searching and creating must not be interleaved with another process; a server leaves us no way to lock."""
@@ -656,11 +661,14 @@ class _Sender:
         experiment = self._experiment(opening["experiment"])
         run = self._find(experiment, opening["fingerprint"])
         if run is not None:
-            self._client.update_run(run.info.run_id, status="RUNNING")
+            if not opening.get("computes", True):
+                self._end = run.info.end_time
+            self._client.update_run(run.info.run_id, status="RUNNING")  # its end stays, also if we are killed now
             if ERROR in run.data.tags:  # of an attempt before this one
                 self._client.delete_tag(run.info.run_id, ERROR)
         else:
-            run = self._client.create_run(experiment, run_name=opening["name"], tags=opening["tags"])
+            name, tags, began = opening["name"], opening["tags"], opening["opened"]  # perhaps long ago
+            run = self._client.create_run(experiment, began, tags, name)
             self._is_new = True
         parent = self._find(experiment, opening["parent"]) if opening.get("parent") else None
         above = {PARENT: parent.info.run_id} if parent is not None else {}

@@ -214,6 +214,51 @@ def test_metrics_arrive_while_the_run_lasts(root: Storage, monkeypatch: pytest.M
         assert np.isnan(value)
 
 
+def test_a_run_lasts_as_long_as_its_work(root: Storage) -> None:
+    """Not until it is reported on, nor until a store that was away is told; nor is it younger than its first point."""
+
+    def span() -> tuple[int, int]:
+        info = the_run(root).info
+        return info.start_time, info.end_time
+
+    def opened_after_a_moment(**changes: Any) -> tracking.Tracker:
+        time.sleep(0.02)
+        return tracking.open_run(root, **ABOUT | changes)
+
+    with opened_after_a_moment():
+        pass
+    before = span()
+    for status in ("FINISHED", "FAILED", "FINISHED"):
+        opened_after_a_moment(computes=False).close(status)
+        assert (the_run(root).info.status, span()) == (status, before)
+    with opened_after_a_moment():  # resumed
+        pass
+    assert span()[0] == before[0]
+    assert span()[1] >= before[1] + 20
+    with opened_after_a_moment(fingerprint="never worked on", computes=False) as tracker:
+        pass
+    info = tracking.connect(root).get_run(str(tracker.run_id)).info
+    assert 0 <= info.end_time - info.start_time < 10_000
+
+
+def test_a_run_that_is_killed_while_it_is_reported_on_keeps_its_end(root: Storage) -> None:
+    with tracking.open_run(root, **ABOUT):
+        pass
+    ended = the_run(root).info.end_time
+    script = f"""
+import os, signal
+from mis_platform import tracking
+from mis_platform.storage import Storage
+tracking.open_run(Storage({root.uri!r}), **{ABOUT!r}, computes=False)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
+    assert the_run(root).info.status == "RUNNING"
+    with tracking.open_run(root, **ABOUT, computes=False):
+        assert the_run(root).info.end_time == ended, "the one that died was ended first"
+    assert (the_run(root).info.status, the_run(root).info.end_time) == ("FINISHED", ended)
+
+
 @pytest.mark.parametrize("count", [4, pytest.param(32, marks=pytest.mark.slow)])
 def test_many_processes_meet_at_a_new_root(tmp_path: Path, count: int) -> None:
     """Drivers start at once on a root without a store. They are forked, so that they do start at once."""
@@ -282,8 +327,10 @@ def test_a_server_that_is_down_costs_nothing_and_loses_nothing(
             tracker.log_dataset("photos", "d1", "/photos", "training")
     assert caplog.text.count("does not answer") == 1
     assert "hunter2" not in caplog.text
+    closed = int(time.time() * 1000)
     (spool,) = tmp_path.glob("mlflow-spool/*")
     assert (spool / "files/tables/noc.md").exists()
+    time.sleep(0.02)
 
     with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):  # the store is back, for any run
         pass
@@ -292,6 +339,7 @@ def test_a_server_that_is_down_costs_nothing_and_loses_nothing(
     (experiment,) = client.search_experiments(filter_string="name = 'mis'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
     assert run.info.status == "FINISHED"
+    assert run.info.start_time < run.info.end_time <= closed, "when it was worked on, not when the store was back"
     assert run.data.params == {"train.seed": "0"}
     assert run.inputs.dataset_inputs[0].dataset.name == "photos"
     assert (Path(run.info.artifact_uri) / "tables/noc.md").exists()
