@@ -47,7 +47,7 @@ from mis_platform.model.weights import licence_of
 from mis_platform.saved_models import describe
 from mis_platform.stages import cluster, train
 from mis_platform.stages.training_loop import Schedule
-from mis_platform.storage import Storage
+from mis_platform.storage import Storage, StorageError
 from mis_platform.trial import Bell, Task, ensure_watched, run_trial, silent
 
 SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # settings that leave a profile what it is
@@ -173,13 +173,17 @@ def prepare(
     wheels = functools.partial(_wheels, root, writes)
     tasks, refused = [], {}
     for row in experiment.rows:
-        for seed in range(row.seeds(seeds)):
+        for seed in range(row.seeds(seeds, experiment.measure)):
             try:
                 task = _task(row, seed, experiment.measure, wheels, data_root, resources.untrusted)
                 task.fingerprint(resources)  # missing weights and masks show here
                 tasks.append(task)
             except ValueError as error:
                 refused[row.name, seed] = str(error)
+            except OSError as error:  # a mask that cannot be read; but without its root no row has a chance
+                if isinstance(error, StorageError):
+                    raise
+                refused[row.name, seed] = reason_of(error)
     _check_protocols(tasks)  # before hours of work that no table may show
     return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), whole, tuple(assignments), refused)
 
@@ -709,7 +713,7 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
         if row.quoted:
             found.append(Outcome(row, 0, "quoted", row.quoted, {}, {}, {}))
             continue
-        for seed in range(row.seeds(sweep.seeds)):
+        for seed in range(row.seeds(sweep.seeds, sweep.experiment.measure)):
             task = by_key.get((row.name, seed))
             reason = failures.get(f"{row.name}/{seed}", "")
             if task is None:

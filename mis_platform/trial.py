@@ -270,7 +270,7 @@ def _train_and_score(tasks: Sequence[Task], root: Storage, resources: Resources,
     def report_step(step: int, metrics: dict[str, float]) -> None:
         say(METRICS, {"step": step, **metrics})
 
-    ensure(tasks[0].training(resources, report_step), root)
+    _ensure_heard(tasks[0].training(resources, report_step), root, say)  # every step is a sign, not only logged ones
     say(DOING, "evaluation")
     for task in tasks:
         for stage in task.clicks(root, resources):

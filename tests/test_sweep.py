@@ -28,7 +28,7 @@ from mis_platform.comparison import Cell, Comparison
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, flatten, override
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
-from mis_platform.experiment import list_experiments
+from mis_platform.experiment import Row, list_experiments
 from mis_platform.stages import cluster, evaluate
 from mis_platform.storage import Storage
 
@@ -278,6 +278,13 @@ def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: P
         *([f"good{seed}", f"twin{seed}"] for seed in ("", " seed 1")),
         *([f"diverges{seed}"] for seed in ("", " seed 1")),
     ]
+
+
+def test_only_trainings_are_repeated_for_seeds() -> None:
+    row, method = Row("trained", Run()), Row("method", override(Run(), ["method=graphcut"]))
+    assert (row.seeds(3), method.seeds(3), Row("quoted", Run(), quoted="paper").seeds(3)) == (3, 1, 0)
+    assert row.seeds(3, ("overlap",)) == 1, "its proposals are the same every time"
+    assert row.seeds(3, ("clicks", "overlap")) == 3
 
 
 def test_seeds_leave_the_first_as_it_is() -> None:
