@@ -696,7 +696,7 @@ def _print_sweep(prepared: "Sweep") -> None:
     for row in experiment.rows:
         if row.quoted:
             typer.echo(f"{'quoted':<8}  {row.name:<{width}}  {row.quoted}")
-        for seed in range(row.seeds(prepared.seeds)):
+        for seed in range(row.seeds(prepared.seeds, prepared.experiment.measure)):
             relevant = varied if row.run.method == TRAINED else [name for name in varied if name in untrained]
             settings = ", ".join(f"{name}={_spell(flatten(row.run)[name])}" for name in relevant)
             task, why = tasks.get((row.name, seed)), prepared.refused.get((row.name, seed))

@@ -43,11 +43,11 @@ class Row:
         if self.run.method == TRAINED:
             check_simpleclick(self.run.eval)
 
-    def seeds(self, asked: int) -> int:
-        """How often it is run: a method without training answers the same every time."""
+    def seeds(self, asked: int, measure: Sequence[Measure] = ("clicks",)) -> int:
+        """How often it is run: what is measured without a training is the same every time."""
         if self.quoted:
             return 0
-        return asked if self.run.method == TRAINED else 1
+        return asked if self.run.method == TRAINED and "clicks" in measure else 1
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,15 @@ SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REDRAWS = 0.2
 
 
-_listener: ContextVar[Callable[[], None] | None] = ContextVar("listener", default=None)
+_listener: ContextVar[Callable[[bool], None] | None] = ContextVar("listener", default=None)
 
 
 @contextlib.contextmanager
-def heard_by(listener: Callable[[], None]) -> Iterator[None]:
-    """`listener` is called whenever a Progress of this thread has got on: what still says so does not hang."""
+def heard_by(listener: Callable[[bool], None]) -> Iterator[None]:
+    """`listener` is called at each update of a Progress of this thread, with whether it has got on since the last one.
+
+    What gets on does not hang. What does not may be told to stop: an exception of the listener ends the work.
+    """
     token = _listener.set(listener)
     try:
         yield
@@ -40,9 +43,9 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """done: units finished so far, of all attempts; note: a few words, e.g. the loss."""
-        if self.said != (done, note) and (listener := _listener.get()) is not None:
-            listener()
-        self.said = done, note
+        has_got_on, self.said = self.said != (done, note), (done, note)
+        if (listener := _listener.get()) is not None:
+            listener(has_got_on)
         was_done, self.done = self.done >= self.total, done
         now = time.monotonic()
         pause = SECONDS_BETWEEN_REDRAWS if self.stream.isatty() else SECONDS_BETWEEN_LINES

@@ -35,7 +35,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
-from mis_platform.artifacts import Stage, check_missing, ensure, read_manifest, walk
+from mis_platform.artifacts import Stage, check_missing, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, check_protocols, compare, render
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
@@ -47,8 +47,8 @@ from mis_platform.model.weights import licence_of
 from mis_platform.saved_models import describe
 from mis_platform.stages import cluster, train
 from mis_platform.stages.training_loop import Schedule
-from mis_platform.storage import Storage
-from mis_platform.trial import Bell, Task, run_trial
+from mis_platform.storage import Storage, StorageError
+from mis_platform.trial import Bell, Task, ensure_watched, run_trial, silent
 
 SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # settings that leave a profile what it is
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
@@ -57,6 +57,7 @@ WHEEL_OBJECTS = 8
 Wheels = Callable[[], synthetic.Material]  # makes them where they are missing
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_ORPHANS = 5.0
+SILENCE_MARGIN = 15.0  # seconds: a trial whose own watch works has ended itself by then
 PICTURES = 2  # objects drawn for each row and benchmark
 LAST_REPORT = "report.json"
 REPORTS = {"report.txt": "text", "report.md": "markdown", "report.html": "html", LAST_REPORT: "json"}  # in this order
@@ -165,13 +166,17 @@ def prepare(
     tasks, refused = [], {}
     measured: dict[tuple[str, int], str] = {}
     for row in experiment.rows:
-        for seed in range(row.seeds(seeds)):
+        for seed in range(row.seeds(seeds, experiment.measure)):
             try:
                 task = _task(row, seed, experiment.measure, wheels, data_root, resources.untrusted)
                 measured[row.name, seed] = task.measured(resources)  # missing weights and masks show here
                 tasks.append(dataclasses.replace(task, is_twin=_is_twin(task, whole, resources, measured)))
             except ValueError as error:
                 refused[row.name, seed] = str(error)
+            except OSError as error:  # a mask that cannot be read; but without its root no row has a chance
+                if isinstance(error, StorageError):
+                    raise
+                refused[row.name, seed] = reason_of(error)
     _check_protocols(tasks)  # before hours of work that no table may show
     return Sweep(name, profile, experiment, seeds, root, resources, tuple(tasks), whole, tuple(assignments), refused)
 
@@ -336,7 +341,7 @@ def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
             continue
         for stage in _shared(task, sweep.root, sweep.resources):
             if stage.fingerprint not in shared:
-                shared[stage.fingerprint] = _attempt(stage, sweep.root)
+                shared[stage.fingerprint] = _attempt(stage, sweep.root, sweep.resources.trial_silence)
             if shared[stage.fingerprint]:
                 failures[_key(task)] = f"{stage.name}: {shared[stage.fingerprint]}"
     able = [task for task in tasks if _key(task) not in failures and task.is_trained]
@@ -377,10 +382,10 @@ def _shared(task: Task, root: Storage, resources: Resources) -> list[Stage]:
     return stages + (task.clicks(root, resources) if "clicks" in task.measure else [])
 
 
-def _attempt(stage: Stage, root: Storage) -> str:
-    """Finish a stage; why it failed, or nothing."""
+def _attempt(stage: Stage, root: Storage, silence: float) -> str:
+    """Finish a stage, unless it hangs: gives no sign of life for `silence` seconds. Why it failed, or nothing."""
     try:
-        ensure(stage, root)
+        ensure_watched(stage, root, "computation" if stage.name in pipeline.TARGETS else "evaluation", silence)
     except Exception as error:
         return reason_of(error)
     return ""
@@ -429,7 +434,7 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
         )
         try:
             fit = cluster.in_background(tuner.fit)
-            _wait_for(fit, recorder)
+            ended = _wait_for(fit, recorder, lambda: _end_silent(bell, resources.trial_silence, set(recorder.over)))
             results = fit.result()
         except BaseException as cause:  # Ctrl-C or SIGTERM: the trainings write a last checkpoint
             recorder.close()
@@ -438,18 +443,21 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
     failures: dict[str, str] = {}
     for result in results:
         if result.error is not None:
-            reason = reason_of(result.error)
-            failures |= {_key(task): reason for task in groups[result.config["group"]]}
+            group = result.config["group"]
+            reason = ended.get(group) or reason_of(result.error)
+            failures |= {_key(task): reason for task in groups[group]}
     return failures
 
 
-def _wait_for(fit: "Future[Any]", recorder: "_Recorder") -> None:
-    """Until Tune has ended. Meanwhile what a failed trial leaves reserved is given back: the next one needs the CPUs.
+def _wait_for(fit: "Future[Any]", recorder: "_Recorder", end_silent: Callable[[], Mapping[int, str]]) -> dict[int, str]:
+    """Until Tune has ended. Meanwhile trials that hang are ended: group -> why. And what a failed one leaves reserved
+    is given back: the next one needs the CPUs.
 
     That it cannot be given back is told once and ends nothing: trials that need less than is left still finish.
     """
-    is_told = False
+    is_told, ended = False, dict[int, str]()
     while wait([fit], timeout=SECONDS_BETWEEN_ORPHANS).not_done:
+        ended |= end_silent()
         try:
             if recorder.has_failures:
                 cluster.remove_orphans()
@@ -458,6 +466,21 @@ def _wait_for(fit: "Future[Any]", recorder: "_Recorder") -> None:
                 reason = reason_of(error)
                 logger.warning("what a failed trial reserved cannot be given back, others may wait: %s", reason)
             is_told = True
+    return ended
+
+
+def _end_silent(bell: Any, silence: float, over: set[int]) -> dict[int, str]:
+    """Kill the trials whose own watch hangs, too, as in a process that was stopped. Returns group -> why.
+
+    over: groups of the trials that have ended.
+    """
+    with contextlib.suppress(ray.exceptions.RayError):  # the bell is lost with its cluster: others say so
+        asked = bell.silent.remote(silence + SILENCE_MARGIN, over)
+        doomed = ray.get(asked, timeout=SECONDS_BETWEEN_ORPHANS)
+        for process in doomed.values():
+            ray.kill(process)
+        return dict.fromkeys(doomed, reason_of(silent("process of the trial", silence)))
+    return {}
 
 
 def _stop_trials(bell: Any, seconds: float) -> None:
@@ -499,6 +522,7 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
         self._trackers: dict[int, tracking.Tracker] = {}
         self._printed = 0.0
         self._finished = 0
+        self.over: set[int] = set()  # groups whose trial has ended
         self.has_failures = False
         self._is_closed = False
         self._guard = threading.Lock()  # between Tune's thread and the one that people can interrupt
@@ -543,6 +567,7 @@ class _Recorder(TrialProgressCallback):  # type: ignore[misc]
         return _child(self._sweep, self._groups[group][0], wait=False)
 
     def _close(self, group: int, status: str) -> None:
+        self.over.add(group)
         tracker = self._trackers.pop(group, None)
         if tracker is not None:
             tracker.close(status, wait=False)  # the next trial does not wait for a slow store
@@ -712,7 +737,7 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
         if row.quoted:
             found.append(Outcome(row, 0, "quoted", row.quoted, {}, {}, {}))
             continue
-        for seed in range(row.seeds(sweep.seeds)):
+        for seed in range(row.seeds(sweep.seeds, sweep.experiment.measure)):
             task = by_key.get((row.name, seed))
             reason = failures.get(f"{row.name}/{seed}", "")
             if task is None:

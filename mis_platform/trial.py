@@ -3,10 +3,11 @@
 That process imports this module, and so neither MLflow nor matplotlib: starting it is most of what a short trial takes.
 """
 
+import functools
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,12 @@ from mis_platform.experiment import Row
 from mis_platform.progress import heard_by
 from mis_platform.storage import Storage
 
-SECONDS_BETWEEN_LOOKS = 1.0  # at the bell
+SECONDS_BETWEEN_LOOKS = 1.0  # at the bell, and at the work
+ENDING_SECONDS = 3.0  # for work that is to stop: an evaluation looks up every two, a computation at the next photo
+ALIVE, METRICS, DOING, FAILED, DONE, STOPPED = "alive", "metrics", "doing", "failed", "done", "stopped"
+
+Say = Callable[[str, Any], None]  # a kind of sign, and what goes with it
+Look = Callable[[Mapping[str, float] | None], bool]
 
 
 @dataclass(frozen=True)
@@ -113,101 +119,165 @@ def seeded(run: Run, seed: int) -> Run:
     return changed
 
 
+# -- work that may hang ----------------------------------------------------------------------------------------------
+
+
+def ensure_watched(stage: Stage, root: Storage, doing: str, silence: float) -> None:
+    """As `ensure`, but a stage without a sign of life is ended: its thread, and with it what it holds on the cluster.
+
+    doing: what the stage is, for people; silence: seconds. Raises as `ensure`, TimeoutError for a stage that hangs.
+    """
+    _watch(functools.partial(_ensure_heard, stage, root), doing, silence, lambda metrics: False, ENDING_SECONDS)
+
+
+def silent(what: str, seconds: float) -> TimeoutError:
+    """The end of what hangs. seconds: the setting."""
+    return TimeoutError(f"the {what} gave no sign of life for {seconds:g} seconds (resources.trial_silence)")
+
+
+def _ensure_heard(stage: Stage, root: Storage, say: Say) -> None:
+    def hear(has_got_on: bool) -> None:
+        stopping.check()  # also while nothing gets on: work that was given up holds CPUs
+        if has_got_on:
+            say(ALIVE, None)
+
+    with heard_by(hear):
+        ensure(stage, root)
+
+
+def _watch(work: Callable[[Say], None], doing: str, silence: float, look: Look, patience: float = 0.0) -> None:
+    """Do the work in a thread, so that this one can give it up after `silence` seconds without a sign of life.
+
+    work: says ALIVE when it has got on, METRICS with those of a step, DOING with what it begins. look: called with
+    metrics, and about once a second without; whether the work shall stop. However this ends, the work is told to.
+    patience: seconds for it to end then; none where the process ends with it.
+    Raises what the work raises, except Preempted.
+    """
+    signs: queue.Queue[tuple[str, Any]] = queue.Queue()
+    stop = threading.Event()
+    thread = threading.Thread(target=_work, args=(work, signs, stop), name="watched", daemon=True)
+    thread.start()
+    try:
+        _hear(signs, doing, silence, look, stop)
+    finally:
+        stop.set()
+        thread.join(patience)
+
+
+def _hear(
+    signs: "queue.Queue[tuple[str, Any]]", doing: str, silence: float, look: Look, stop: threading.Event
+) -> None:  # fmt: skip
+    heard = time.monotonic()
+    while True:
+        try:
+            kind, value = signs.get(timeout=min(silence, SECONDS_BETWEEN_LOOKS))
+            heard = time.monotonic()
+        except queue.Empty:
+            if time.monotonic() - heard >= silence:
+                raise silent(doing, silence) from None
+            kind, value = ALIVE, None
+        if look(value if kind == METRICS else None):
+            stop.set()
+        if kind == DOING:
+            doing = value
+        elif kind == FAILED:
+            raise value
+        elif kind in (DONE, STOPPED):
+            return
+
+
+def _work(work: Callable[[Say], None], signs: "queue.Queue[tuple[str, Any]]", stop: threading.Event) -> None:
+    try:
+        with stopping.stopped_by(stop.is_set):
+            work(lambda kind, value: signs.put((kind, value)))
+        signs.put((DONE, None))
+    except Preempted:
+        signs.put((STOPPED, None))
+    except BaseException as error:
+        signs.put((FAILED, error))
+
+
+# -- a trial ---------------------------------------------------------------------------------------------------------
+
+
 class Bell:
-    """An actor beside the driver of a sweep: by it the driver tells the trials to stop, and they say when they have."""
+    """An actor beside the driver of a sweep: by it the driver tells the trials to stop, and they say when they have.
+
+    They ask it about once a second, so that it also knows of a process that hangs as a whole, with its own watch.
+    """
 
     def __init__(self) -> None:
         self._is_rung = False
-        self._working: set[int] = set()
+        self._working: dict[int, Any] = {}  # group -> what its process is ended by
+        self._heard: dict[int, float] = {}  # group -> when it asked last, in seconds of this process's clock
+        self._suspected: set[int] = set()
 
     def ring(self) -> None:
         """Tell all trials to stop."""
         self._is_rung = True
 
-    def is_rung(self) -> bool:
-        """Whether trials shall stop."""
+    def is_rung(self, group: int) -> bool:
+        """Whether trials shall stop; a trial that asks is alive."""
+        self._heard[group] = time.monotonic()
         return self._is_rung
 
-    def enter(self, group: int) -> bool:
-        """A trial begins, unless the bell has been rung; whether it may."""
+    def enter(self, group: int, process: Any) -> bool:
+        """A trial begins, unless the bell has been rung; whether it may. process: the handle of its actor."""
         if not self._is_rung:
-            self._working.add(group)
+            self._working[group], self._heard[group] = process, time.monotonic()
         return not self._is_rung
 
     def leave(self, group: int) -> None:
         """A trial has ended."""
-        self._working.discard(group)
+        self._working.pop(group, None)
 
     def is_quiet(self) -> bool:
         """Whether no trial is at work."""
         return not self._working
 
+    def silent(self, seconds: float, over: Collection[int]) -> dict[int, Any]:
+        """The trials that have not asked for so long, with their processes; they count as ended from now on.
+
+        Two looks in a row must find them silent: after one that comes late, as when everything was stopped for a
+        while, they get the time to ask. over: groups of trials that are known to have ended, however that was.
+        """
+        for group in over:
+            self.leave(group)
+        now = time.monotonic()
+        found = {group for group in self._working if now - self._heard[group] >= seconds}
+        doomed, self._suspected = found & self._suspected, found
+        return {group: self._working.pop(group) for group in sorted(doomed)}
+
 
 def run_trial(
     config: Mapping[str, Any], groups: Sequence[Sequence[Task]], root: Storage, resources: Resources, bell: Any
 ) -> None:
-    """Train once and score every row of the group; stop, with a checkpoint, when the Bell (its handle) is rung."""
+    """Train once and score every row of the group; stop, with a checkpoint, when the Bell (its handle) is rung.
+
+    A trial without a sign of life for resources.trial_silence seconds ends as a failed row, instead of holding the
+    sweep up for ever. Signs are training steps and clicks.
+    """
     group = config["group"]
-    if ray.get(bell.enter.remote(group)):
+
+    def look(metrics: Mapping[str, float] | None) -> bool:
+        if metrics is not None:
+            tune.report(metrics)
+        return bool(ray.get(bell.is_rung.remote(group)))
+
+    if ray.get(bell.enter.remote(group, ray.get_runtime_context().current_actor)):
         try:
-            _run_group(groups[group], root, resources, bell)
+            work = functools.partial(_train_and_score, groups[group], root, resources)
+            _watch(work, "training", resources.trial_silence, look)
         finally:
             ray.get(bell.leave.remote(group))
 
 
-def _run_group(tasks: Sequence[Task], root: Storage, resources: Resources, bell: Any) -> None:
-    """The work is done in a thread, so that a trial without a sign of life for resources.trial_silence seconds ends as
-    a failed row instead of holding the sweep up for ever. Signs are training steps and clicks.
-    """
-    signs: queue.Queue[tuple[str, Any]] = queue.Queue()
-    stop = threading.Event()
-    threading.Thread(target=_work, args=(tasks, root, resources, signs, stop), daemon=True).start()
-    doing, heard = "training", time.monotonic()
-    while True:
-        try:
-            kind, value = signs.get(timeout=min(resources.trial_silence, SECONDS_BETWEEN_LOOKS))
-            heard = time.monotonic()
-        except queue.Empty:
-            if time.monotonic() - heard >= resources.trial_silence:
-                silence = f"{resources.trial_silence:g} seconds (resources.trial_silence)"
-                raise TimeoutError(f"the {doing} gave no sign of life for {silence}") from None
-            kind, value = "alive", None
-        if ray.get(bell.is_rung.remote()):
-            stop.set()
-        if kind == "metrics":
-            tune.report(value)
-        elif kind == "trained":
-            doing = "evaluation"
-        elif kind == "failed":
-            raise value
-        elif kind in ("done", "stopped"):
-            return
-
-
-def _work(
-    tasks: Sequence[Task],
-    root: Storage,
-    resources: Resources,
-    signs: "queue.Queue[tuple[str, Any]]",
-    stop: threading.Event,
-) -> None:
+def _train_and_score(tasks: Sequence[Task], root: Storage, resources: Resources, say: Say) -> None:
     def report_step(step: int, metrics: dict[str, float]) -> None:
-        signs.put(("metrics", {"step": step, **metrics}))
+        say(METRICS, {"step": step, **metrics})
 
-    def give_sign() -> None:
-        stopping.check()
-        signs.put(("alive", None))
-
-    try:
-        with stopping.stopped_by(stop.is_set):
-            ensure(tasks[0].training(resources, report_step), root)
-            signs.put(("trained", None))
-            for task in tasks:
-                for stage in task.clicks(root, resources):
-                    with heard_by(give_sign):
-                        ensure(stage, root)
-        signs.put(("done", None))
-    except Preempted:
-        signs.put(("stopped", None))
-    except BaseException as error:
-        signs.put(("failed", error))
+    _ensure_heard(tasks[0].training(resources, report_step), root, say)  # every step is a sign, not only logged ones
+    say(DOING, "evaluation")
+    for task in tasks:
+        for stage in task.clicks(root, resources):
+            _ensure_heard(stage, root, say)

@@ -65,11 +65,11 @@ def test_durations_read_as_people_say_them(seconds, expected):
     assert duration(seconds) == expected
 
 
-def test_a_listener_hears_when_something_got_on_and_only_then():
+def test_a_listener_hears_of_each_update_whether_something_got_on():
     heard = []
     progress = Progress("clicks", 3, "images", stream=io.StringIO())
-    with heard_by(lambda: heard.append(progress.done)):
+    with heard_by(heard.append):
         for done, note in ((0, "1 clicks"), (0, "1 clicks"), (0, "2 clicks"), (1, "2 clicks"), (1, "2 clicks")):
             progress.update(done, note)
     progress.update(2)
-    assert len(heard) == 3
+    assert heard == [True, False, True, True, False]

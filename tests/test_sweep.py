@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
@@ -23,13 +23,13 @@ from processes import kill_group, wait_until
 from ray.util.state import list_actors
 
 from mis_platform import cli, sweep, trial
-from mis_platform.artifacts import git_commit
+from mis_platform.artifacts import ensure, git_commit
 from mis_platform.comparison import Cell, Comparison
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, fingerprint, flatten, override, plain
 from mis_platform.data import synthetic
 from mis_platform.evaluation.noc import keep_last
-from mis_platform.experiment import list_experiments
-from mis_platform.stages import cluster
+from mis_platform.experiment import Row, list_experiments
+from mis_platform.stages import cluster, evaluate
 from mis_platform.storage import Storage
 
 TINY = """
@@ -280,6 +280,13 @@ def test_rows_that_share_a_training_share_a_trial(experiments: Path, tmp_path: P
     ]
 
 
+def test_only_trainings_are_repeated_for_seeds() -> None:
+    row, method = Row("trained", Run()), Row("method", override(Run(), ["method=graphcut"]))
+    assert (row.seeds(3), method.seeds(3), Row("quoted", Run(), quoted="paper").seeds(3)) == (3, 1, 0)
+    assert row.seeds(3, ("overlap",)) == 1, "its proposals are the same every time"
+    assert row.seeds(3, ("clicks", "overlap")) == 3
+
+
 def test_seeds_leave_the_first_as_it_is() -> None:
     assert trial.seeded(Run(), 0) == Run()
     assert trial.seeded(Run(), 2).train.seed == 2
@@ -316,7 +323,7 @@ def test_cpus_that_cannot_be_given_back_end_no_sweep(
     monkeypatch.setattr(sweep, "SECONDS_BETWEEN_ORPHANS", 0.01)
     recorder = sweep._Recorder(prepare(tmp_path), [])
     recorder.has_failures = True
-    sweep._wait_for(fit, recorder)
+    assert sweep._wait_for(fit, recorder, lambda: {1: "it hangs"}) == {1: "it hangs"}
     assert len(asked) == 3
     (warning,) = caplog.messages
     assert "AttributeError: no creator_actor_dead" in warning
@@ -519,7 +526,10 @@ def test_too_many_trials_are_refused_with_the_arithmetic(
 def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_cluster: None, tmp_path: Path) -> None:
     """No training has its first step within half a second: to the watchdog that is one that hangs."""
     before = detached_actors()
-    comparison = sweep.run_sweep(prepare(tmp_path, only=["good"], resources=Resources(trial_silence=0.5)))
+    prepared = prepare(tmp_path, only=["good"], resources=Resources(trial_silence=0.5))
+    for stage in sweep._shared(prepared.tasks[0], prepared.root, prepared.resources):
+        ensure(stage, prepared.root)  # these would be too slow, too
+    comparison = sweep.run_sweep(prepared)
     ended = time.monotonic()
     (line,) = comparison.lines
     assert line.state == "failed"
@@ -533,6 +543,60 @@ def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_clu
     assert comparison.lines[0].state == "done", "the next attempt goes on"
     first = rows_of(tmp_path / "mlflow.db", "select min(timestamp) from metrics where key = 'train/loss'")
     assert 0 < first[0][0] / 1000 - began < 90, "seconds to the first step of the next trial"
+
+
+METHODS = """
+'''Does it hang?'''
+from mis_platform.config import Run
+from mis_platform.experiment import Experiment, Row, changed
+
+EXPERIMENT = Experiment(
+    question=__doc__,
+    source="Table 0",
+    default="hangs",
+    rows=(
+        Row("hangs", changed(Run(), method="geodesic")),
+        Row("fine", changed(Run(), method="graphcut")),
+    ),
+)
+"""
+
+
+@pytest.fixture
+def hanging_method(experiments: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The row "hangs" never gets an answer from its workers. Returns why it fails, but for the seconds."""
+    (experiments / "tiny.py").write_text(METHODS)
+
+    class Hanging(evaluate.Answering):  # here, so that it travels to the workers as it is
+        def score(self, image_ids: Sequence[str], tell: evaluate.Tell) -> evaluate.Scored:
+            if self.method == "geodesic":
+                time.sleep(3600)
+            return super().score(image_ids, tell)
+
+    monkeypatch.setattr(evaluate, "Answering", Hanging)
+    return (
+        "clicks/synthetic: TimeoutError: the evaluation gave no sign of life for {} seconds (resources.trial_silence)"
+    )
+
+
+@pytest.mark.ray
+def test_a_method_that_hangs_fails_its_row_and_frees_the_cluster(
+    hanging_method: str, ray_cluster: None, tmp_path: Path
+) -> None:
+    (line,) = sweep.run_sweep(prepare(tmp_path, only=["hangs"], resources=Resources(trial_silence=2.0))).lines
+    ended = time.monotonic()
+    assert (line.state, line.reason) == ("failed", hanging_method.format(2))
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() - ended < 30, "the workers were left behind"
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_rows_behind_a_method_that_hangs_are_scored(hanging_method: str, ray_cluster: None, tmp_path: Path) -> None:
+    lines = sweep.run_sweep(prepare(tmp_path, resources=Resources(trial_silence=40.0))).lines
+    assert [(line.name, line.state) for line in lines] == [("hangs", "failed"), ("fine", "done")]
+    assert lines[0].reason == hanging_method.format(40)
 
 
 OF_RAY_DATA = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")  # one each for a cluster

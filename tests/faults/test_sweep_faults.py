@@ -26,6 +26,7 @@ from mis_platform.data.examples import open_stream
 from mis_platform.stages.train import Job, _explained
 from mis_platform.stages.training_loop import Schedule
 from mis_platform.storage import Storage
+from mis_platform.trial import Task
 
 HEAD = '''
 """Does it hold?"""
@@ -45,9 +46,12 @@ EXPERIMENT = Experiment(
     rows=(
         row("no memory", train__seed=1),
         row("hangs in training", train__seed=2),
+        row("hangs as a whole", train__seed=4),
         row("diverges", train__learning_rate=1e30),
         row("hangs in evaluation", train__seed=3),
         row("good"),
+        row("hangs without training", method="geodesic"),
+        row("good without training", method="graphcut"),
     ),
 )
 """
@@ -154,10 +158,28 @@ def is_at_work(pid: int) -> bool:
         return False
 
 
-class Saboteur(threading.Thread):
-    """Acts on the workers of a row while that row is the newest one that is not finished."""
+def stop(pid: int) -> None:
+    """It lives, but does nothing any more, not even end when it is asked to."""
+    os.kill(pid, signal.SIGSTOP)
 
-    def __init__(self, driver: int, root: Path, rows: dict[str, Path], faults: dict[str, tuple[str, Any]]) -> None:
+
+def made_first(task: Task, prepared: sweep.Sweep) -> Path:
+    """The directory of a row's training, or of its clicks if it has none."""
+    root, resources = prepared.root, prepared.resources
+    stage = task.training(resources) if task.is_trained else task.clicks(root, resources)[0]
+    local = stage.directory(root).local
+    assert local is not None
+    return local
+
+
+class Saboteur(threading.Thread):
+    """Acts on the processes of a row while that row is the newest one that is not finished.
+
+    rows: the directory of what each makes first; faults: row -> whether that is to be finished before something
+    happens, to which processes by their titles, and what.
+    """
+
+    def __init__(self, driver: int, rows: dict[str, Path], faults: dict[str, tuple[bool, str, Any]]) -> None:
         super().__init__(daemon=True)
         self._driver, self._rows, self._faults = driver, rows, faults
         self._touched: set[int] = set()
@@ -167,9 +189,8 @@ class Saboteur(threading.Thread):
         while Path(f"/proc/{self._driver}").exists():
             begun = [row for row, path in self._rows.items() if path.exists()]
             row = max(begun, key=lambda each: self._rows[each].stat().st_ctime, default="")
-            title, act = self._faults.get(row, ("", None))
-            is_trained = row and (self._rows[row] / "manifest.json").exists()
-            if act is not None and is_trained == (title == "ray::Worker"):
+            is_later, title, act = self._faults.get(row, (False, "", None))
+            if act is not None and (self._rows[row] / "manifest.json").exists() == is_later:
                 self._act(row, title, act)
             time.sleep(0.1)
 
@@ -185,20 +206,23 @@ class Saboteur(threading.Thread):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_rows_that_raise_hang_and_run_out_of_memory_leave_the_others_alone(experiments: Path, tmp_path: Path) -> None:
-    """Real faults: memory is refused by the kernel, workers are stopped with SIGSTOP, a loss becomes infinite."""
+    """Real faults: memory is refused by the kernel, processes are stopped with SIGSTOP, a loss becomes infinite.
+
+    Of those that hang one is the process of a trial, and with it the watch over its own work.
+    """
     (experiments / "faults.py").write_text(FAULTS)
     root = tmp_path / "root"
     prepared = prepare("faults", root)
-    rows = {
-        task.row.name: root / "checkpoint" / task.training(prepared.resources).fingerprint for task in prepared.tasks
-    }
+    rows = {task.row.name: made_first(task, prepared) for task in prepared.tasks}
     faults = {
-        "no memory": ("ray::RayTrainWorker", leave_no_memory),
-        "hangs in training": ("ray::RayTrainWorker", lambda pid: os.kill(pid, signal.SIGSTOP)),
-        "hangs in evaluation": ("ray::Worker", lambda pid: os.kill(pid, signal.SIGSTOP)),
+        "no memory": (False, "ray::RayTrainWorker", leave_no_memory),
+        "hangs in training": (False, "ray::RayTrainWorker", stop),
+        "hangs as a whole": (False, "ray::ImplicitFunc.train", stop),
+        "hangs in evaluation": (True, "ray::Worker", stop),
+        "hangs without training": (False, "ray::Worker", stop),
     }
     with start("faults", root, max_failures=0, trial_silence=SILENCE) as child:
-        saboteur = Saboteur(child.pid, root, rows, faults)
+        saboteur = Saboteur(child.pid, rows, faults)
         saboteur.start()
         try:
             text, _ = child.communicate(timeout=1000)
@@ -209,10 +233,12 @@ def test_rows_that_raise_hang_and_run_out_of_memory_leave_the_others_alone(exper
     assert set(saboteur.done) == set(faults), text
     lines = {line["name"]: line for line in reports(root, "faults")["lines"]}
     states = {name: line["state"] for name, line in lines.items()}
-    assert states == {name: "done" if name == "good" else "failed" for name in rows}, text
+    assert states == {name: "done" if name.startswith("good") else "failed" for name in rows}, text
     silence = f"gave no sign of life for {SILENCE:g} seconds"
     assert f"the training {silence}" in lines["hangs in training"]["reason"]
-    assert f"the evaluation {silence}" in lines["hangs in evaluation"]["reason"]
+    assert f"the process of the trial {silence}" in lines["hangs as a whole"]["reason"]
+    for name in ("hangs in evaluation", "hangs without training"):
+        assert f"the evaluation {silence}" in lines[name]["reason"]
     assert "not finite at step" in lines["diverges"]["reason"]
     # Where memory is refused decides who tells: Python, C code that has none left for an exception, whoever finds the
     # process dead, or nobody, when it hangs as it starts.
@@ -225,7 +251,7 @@ def test_rows_that_raise_hang_and_run_out_of_memory_leave_the_others_alone(exper
         line["reason"][:500] for line in lines.values() if line["reason"]
     )
     statuses = query(database, "select status, count(*) from runs group by 1 order by 1")
-    assert statuses == [("FAILED", 4), ("FINISHED", 2)], "the sweep itself and the good row"
+    assert statuses == [("FAILED", 6), ("FINISHED", 3)], "the sweep itself and the good rows"
 
 
 def test_a_worker_whose_memory_error_says_nothing_is_explained(tmp_path: Path) -> None:
