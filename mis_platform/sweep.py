@@ -235,8 +235,8 @@ def _is_twin(task: Task, whole: Experiment, resources: Resources, measured: dict
         if row.quoted or reads(row) != reads(task.row):
             continue
         if (key := (row.name, task.seed)) not in measured:
-            measured[key] = ""  # where weights are missing, hence others than ours
-            with contextlib.suppress(ValueError):
+            measured[key] = ""  # where weights are missing, or masks cannot be read: others than ours
+            with contextlib.suppress(ValueError, OSError):
                 measured[key] = _as_row(task, row).measured(resources)
         if measured[key] == measured[task.row.name, task.seed]:
             return True
