@@ -30,6 +30,6 @@ EXPERIMENT = Experiment(
     note="The paper reports one set of numbers; that they belong to the official code is an assumption. Features "
     "without a network (color_texture, in profiles without weights) have neither position embeddings nor layers: "
     "there, these two rows are the training of the official code. Differences that no switch can tell apart here have "
-    "no row: the size of the photo for features (the same for patch 8), numbering from 1, the mean over pixels (with a "
-    "sum lambda has no effect that Table 3 could show), and what the paper leaves open (docs/FIDELITY.md).",
+    "no row: the size of the photo for features (the same for patch 8), numbering from 1, the mean over pixels (a sum "
+    "would make lambda 10^5 times stronger), and what the paper leaves open (docs/FIDELITY.md).",
 )

@@ -10,6 +10,7 @@ import pytest
 
 from mis_platform import stopping, trial
 from mis_platform.artifacts import Output, Stage
+from mis_platform.config import Resources
 from mis_platform.progress import Progress
 from mis_platform.storage import Storage
 from mis_platform.trial import ALIVE, DOING, METRICS, Bell, Say, ensure_watched
@@ -49,6 +50,27 @@ def test_work_that_hangs_is_given_up_and_told_to_end() -> None:
     ):
         watch(work, silence=0.3)
     assert work.was_told.is_set()
+
+
+def test_every_step_of_a_training_is_a_sign_of_life(tmp_path: Path) -> None:
+    """Also the many that are not logged."""
+
+    def learn(_: object, out: Storage) -> Output:
+        progress = Progress("train", 3, "images", stream=io.StringIO())
+        for done in (1, 2, 3):
+            progress.update(done)
+        return Output(parts=(), digest="0" * 64)
+
+    class Learning:
+        def training(self, *_: object) -> Stage:
+            return Stage(name="checkpoint", version=1, config={}, run=learn)
+
+        def clicks(self, *_: object) -> list[Stage]:
+            return []
+
+    said: list[str] = []
+    trial._train_and_score([Learning()], Storage(str(tmp_path)), Resources(), lambda kind, _: said.append(kind))  # type: ignore[list-item]
+    assert said == [ALIVE, ALIVE, ALIVE, DOING]
 
 
 def test_the_silence_begins_at_the_last_sign() -> None:
