@@ -56,10 +56,15 @@ def quoted(name: str) -> str:
     if name in WITH_PUBLIC_WEIGHTS:
         return f"paper, Table 1; with its public weights: {WITH_PUBLIC_WEIGHTS[name]}"
     if name in WITH_PUBLIC_CODE:
-        method = f"my_methods:{name.replace('-', '')}"
         about = f"with a class around its authors' code ({WITH_PUBLIC_CODE[name]}; docs/click-models.md)"
-        return f"paper, Table 1; {about}: mis eval --method {method} --dataset grabcut"
-    return "paper, Table 1; no code of its authors is known here, so no command runs it"
+        return f"paper, Table 1; {about}: {eval_command(name)}"
+    about = "no code of its authors is known here; with a class that rebuilds it (docs/click-models.md)"
+    return f"paper, Table 1; {about}: {eval_command(name)}"
+
+
+def eval_command(name: str) -> str:
+    """What scores a row whose network is somebody's own `ClickModel`, here one called like the row."""
+    return f"mis eval --method my_methods:{''.join(filter(str.isalnum, name))} --dataset grabcut"
 
 
 def trained_on(source: str, name: str, numbers: tuple[tuple[float | None, float | None], ...]) -> tuple[Row, Row]:
