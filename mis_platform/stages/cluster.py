@@ -311,6 +311,11 @@ def cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def cpus_of_trial(trials: int | None) -> int:
+    """CPUs that one of `trials` rows of a sweep, at once, may call its own; None: there is one."""
+    return max(1, cpus() // (trials or 1))
+
+
 def gpus() -> int:
     """GPUs of the whole cluster; of this machine while there is none."""
     if not ray.is_initialized():

@@ -429,14 +429,14 @@ def _score(job: Job, chunk_images: int, resources: Resources, gpus: int, out: St
 
 
 def _workers(resources: Resources, gpus: int) -> int:
-    """Processes of one evaluation: within a sweep, its share of the GPUs."""
+    """Processes of one evaluation: within a sweep, its share of the GPUs or CPUs."""
     on_gpus = max(1, WORKERS_PER_GPU * gpus // (resources.trials or 1)) if gpus else 0
-    return resources.eval_workers or on_gpus or cluster.cpus()
+    return resources.eval_workers or on_gpus or cluster.cpus_of_trial(resources.trials)
 
 
 def _start_workers(chunks: int, resources: Resources, gpus: int) -> list[Any]:
     count = _workers(resources, gpus)
-    options: Row = {"num_cpus": min(1.0, cluster.CPU_SHARE * cluster.cpus() / count)}
+    options: Row = {"num_cpus": min(1.0, cluster.CPU_SHARE * cluster.cpus_of_trial(resources.trials) / count)}
     if gpus:
         # In a sweep a share that fits into what this row's training held: the trainings of other rows go on.
         options["num_gpus"] = cluster.gpu_share(count * (resources.trials or 1), gpus)

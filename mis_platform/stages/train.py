@@ -74,7 +74,7 @@ IMAGES_ON_GPU, IMAGES_ON_CPU = 16, 8
 HALVINGS = 2  # of the 16, on a GPU that is too small: as many as resources.max_failures allows by default
 EXAMPLES_PER_TASK = 8
 PIPELINE_BYTES = 2**29  # of examples, at most: of one pipeline, all of which may wait finished for a worker
-STORE_SHARE = 0.4  # of the object store that the pipelines of all workers may fill; two of a worker overlap
+STORE_SHARE = 0.4  # of the object store that all pipelines may fill
 MIN_WORKER_CPU = 0.1
 COLLECTIVE_TIMEOUT = 600  # seconds that workers wait for each other; a checkpoint on a slow store takes minutes
 STOP_SECONDS = 12.0  # that Ctrl-C leaves the workers for a last checkpoint
@@ -242,7 +242,7 @@ def plan(resources: Resources) -> tuple[ray.train.ScalingConfig, int, int]:
             f"resources.num_workers={workers} on GPUs needs {workers} GPUs, the cluster has {gpus}; "
             "use fewer workers or resources.use_gpu=false"
         )
-    cpus = max(1, cpus // (resources.trials or 1))  # what this training may call its own
+    cpus = cluster.cpus_of_trial(resources.trials)
     reserved = min(1.0, math.floor(100 * cluster.CPU_SHARE * cpus / workers) / 100)
     if reserved < MIN_WORKER_CPU:
         raise ValueError(
@@ -541,7 +541,7 @@ def load(job: Job, start: int, rank: int, workers: int) -> Generator[Batch, None
     finished tasks wait for room, and took more than half of a training's speed when it had to hold tasks back.
     """
     share = share_of_batch(job.run.train.batch_size, workers)
-    length = max(1, _pipeline_bytes(workers) // (share * _example_bytes(job.run)))
+    length = steps_of_pipeline(job.run, job.resources, workers)
     total = job.schedule.total_steps
     chain = [range(first, min(first + length, total)) for first in range(start, total, length)]
     with ThreadPoolExecutor(max_workers=1) as opener:
@@ -559,14 +559,13 @@ def load(job: Job, start: int, rank: int, workers: int) -> Generator[Batch, None
                 yield collate(columns)
 
 
-def _example_bytes(run: Run) -> int:
-    """Of one Example in the object store: image and mask; clicks and names are small."""
-    return 4 * run.model.image_size**2
-
-
-def _pipeline_bytes(workers: int) -> int:
+def steps_of_pipeline(run: Run, resources: Resources, workers: int) -> int:
+    """Steps whose examples fit into what a worker's pipeline may fill of the object store, at least one."""
+    pipelines = 2 * workers * (resources.trials or 1)  # of all trainings at once; two of a worker overlap
     store = ray.cluster_resources().get("object_store_memory", 2 * PIPELINE_BYTES / STORE_SHARE)
-    return min(PIPELINE_BYTES, int(STORE_SHARE * store / (2 * workers)))
+    example = 4 * run.model.image_size**2  # image and mask; clicks and names are small
+    share = share_of_batch(run.train.batch_size, workers)
+    return max(1, min(PIPELINE_BYTES, int(STORE_SHARE * store / pipelines)) // (share * example))
 
 
 def _started(batches: Iterable[Any]) -> Iterator[Any]:

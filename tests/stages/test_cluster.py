@@ -19,7 +19,7 @@ import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.state import list_placement_groups
 
-from mis_platform.config import EvalConfig, FeaturesConfig, Resources
+from mis_platform.config import EvalConfig, FeaturesConfig, Resources, Run
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.masks import read_binary
 from mis_platform.errors import DataError
@@ -284,6 +284,39 @@ def test_trainings_of_one_worker_share_a_gpu_where_more_are_asked_for(two_gpus: 
     assert scaling.resources_per_worker["GPU"] == 1
     with pytest.raises(ValueError, match=r"trials=3 x resources.num_workers=2 = 6 GPUs, .* has 2; at most 1 trials"):
         train.trials_at_once(Resources(trials=3, num_workers=2))
+
+
+@pytest.mark.parametrize(("cpus", "trials"), [(2, 1), (2, 2), (16, 3), (16, 8), (96, 7)])
+def test_trials_that_evaluate_at_once_all_fit(monkeypatch: pytest.MonkeyPatch, cpus: int, trials: int) -> None:
+    """Else one waits for the other's CPUs, and counts as hung."""
+    monkeypatch.setattr(cluster, "cpus", lambda: cpus)
+    asked: list[float] = []
+
+    class Kind:
+        def options(self, num_cpus: float, **options: object) -> "Kind":
+            self.each = num_cpus
+            return self
+
+        def remote(self) -> None:
+            asked.append(self.each)
+
+    monkeypatch.setattr(ray, "remote", lambda worker: Kind())
+    for _ in range(trials):
+        evaluate._start_workers(1000, Resources(trials=trials), 0)
+    assert sum(asked) <= cluster.CPU_SHARE * cpus + 1e-9
+    assert len(asked) == trials * (cpus // trials)  # and none stays idle
+
+
+@pytest.mark.parametrize(("trials", "workers"), [(1, 1), (1, 2), (2, 1), (8, 1), (4, 2)])
+def test_pipelines_of_all_trials_fit_into_the_object_store(
+    monkeypatch: pytest.MonkeyPatch, trials: int, workers: int
+) -> None:
+    store, run = 2**30, Run()
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": float(store)})
+    steps = train.steps_of_pipeline(run, Resources(trials=trials), workers)
+    each = run.train.batch_size // workers * 4 * run.model.image_size**2  # bytes that a worker gets for a step
+    assert 2 * workers * trials * steps * each <= train.STORE_SHARE * store or steps == 1
+    assert 2 * workers * trials * (steps + 1) * each > train.STORE_SHARE * store or (steps + 1) * each > 2**29
 
 
 def test_a_gpu_that_is_wanted_and_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
