@@ -51,6 +51,7 @@ from mis_platform.storage import Storage, StorageError
 from mis_platform.trial import Bell, Task, ensure_watched, run_trial, silent
 
 SAME_SIZE = ("eval_datasets", "features.weights", "model.init_weights")  # settings that leave a profile what it is
+TRIES = 2  # of a trial whose process is lost, as with a spot node; its training goes on from the last checkpoint
 DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials leave no room for their own workers
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
@@ -406,8 +407,10 @@ def _by_training(tasks: Iterable[Task], resources: Resources) -> list[list[Task]
     return list(groups.values())
 
 
-def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
-    """A trial for each group of tasks. Returns "row/seed" -> reason of those that failed."""
+def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]], tries: int = TRIES) -> dict[str, str]:
+    """A trial for each group of tasks, up to `tries` while its process is lost. Returns "row/seed" -> reason of those
+    that failed.
+    """
     if not groups:
         return {}
     trials = min(train.trials_at_once(sweep.resources), len(groups))
@@ -441,12 +444,25 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]]) -> dict[str, str]:
             _stop_trials(bell, train.seconds_to_stop(cause))
             raise
     failures: dict[str, str] = {}
+    lost: list[Sequence[Task]] = []
     for result in results:
         if result.error is not None:
             group = result.config["group"]
-            reason = ended.get(group) or reason_of(result.error)
-            failures |= {_key(task): reason for task in groups[group]}
+            if tries > 1 and group not in ended and _is_loss(result.error):
+                lost.append(groups[group])
+            else:
+                reason = ended.get(group) or reason_of(result.error)
+                failures |= {_key(task): reason for task in groups[group]}
+    if lost:
+        names = ", ".join(group[0].name for group in lost)
+        print(f"sweep: the process of {names} is gone, perhaps with its node; once more", file=sys.stderr, flush=True)
+        failures |= _fan_out(sweep, lost, tries - 1)
     return failures
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether the trial's own process is gone; what the trial raised comes as a RayTaskError, whatever its cause."""
+    return isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError)
 
 
 def _wait_for(fit: "Future[Any]", recorder: "_Recorder", end_silent: Callable[[], Mapping[int, str]]) -> dict[int, str]:

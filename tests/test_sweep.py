@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import ray
 from commands import mis
-from processes import kill_group, wait_until
+from processes import descendants, kill_group, wait_until
 from ray.util.state import list_actors
 
 from mis_platform import cli, sweep, trial
@@ -543,6 +544,42 @@ def test_a_row_that_hangs_fails_and_frees_the_cluster(experiments: Path, ray_clu
     assert comparison.lines[0].state == "done", "the next attempt goes on"
     first = rows_of(tmp_path / "mlflow.db", "select min(timestamp) from metrics where key = 'train/loss'")
     assert 0 < first[0][0] / 1000 - began < 90, "seconds to the first step of the next trial"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "state"), [(1, "done"), (2, "failed")])
+def test_a_trial_whose_process_is_lost_is_begun_once_more(
+    kills: int, state: str, experiments: Path, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed: list[int] = []
+
+    def kill_trials() -> None:
+        (task,) = prepared.tasks
+        directory = Path(str(task.training(prepared.resources).directory(prepared.root).local))
+        while len(killed) < kills and not (directory / "manifest.json").exists():
+            for pid in descendants(os.getpid()) if directory.exists() else ():
+                if pid not in killed and title_of(pid).startswith("ray::ImplicitFunc.train"):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            time.sleep(0.05)
+
+    prepared = prepare(tmp_path, only=["good"])
+    killer = threading.Thread(target=kill_trials, daemon=True)
+    killer.start()
+    (line,) = sweep.run_sweep(prepared).lines
+    killer.join(timeout=10)
+    assert (line.state, len(killed)) == (state, kills), line.reason
+    assert "the process of good is gone" in capsys.readouterr().err
+    states = rows_of(tmp_path / "mlflow.db", "select status from runs where name = 'good'")
+    assert states == [("FINISHED" if state == "done" else "FAILED",)]
+
+
+def title_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 METHODS = """
