@@ -194,7 +194,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Clicks needed on a benchmark (NoC@85, NoC@90), or, with --proposals, how well proposals fit the objects."""
-    from mis_platform.config import TRAINED, override
+    from mis_platform.config import CLASSICAL_READS, TRAINED, override
 
     if source and not proposals:
         raise ValueError("--source says which proposals to score; it needs --proposals")
@@ -216,7 +216,8 @@ def evaluate(
     from mis_platform import report, saved_models
 
     if run.method != TRAINED:
-        _note_without_effect(run, assignments, ("classical", *asking), f"{run.method} needs no training")
+        settings = [f"classical.{name}" for name in CLASSICAL_READS.get(run.method, ())]
+        _note_without_effect(run, assignments, (*settings, *asking), f"{run.method} needs no training")
         if dry_run:
             return _print_plan([pipeline.method_clicks_stage(each, run, resources) for each in benchmarks], root)
         scores = jobs.evaluate_method(benchmarks, run, resources, _writable(root))
@@ -759,7 +760,7 @@ def _note_without_effect(
 
     asked, deciding = flatten(run), split_resources(assignments or [])[0]
     names = dict.fromkeys(text.partition("=")[0].strip() for text in deciding)
-    others = [name for name in names if name.partition(".")[0] not in used]
+    others = [name for name in names if name not in used and name.partition(".")[0] not in used]
     if idle := [name for name in others if name not in (known or {}) or asked[name] != (known or {})[name]]:
         typer.echo(f"note: no effect here, for {why}: {', '.join(idle)}", err=True)
 

@@ -18,7 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticKnownError
 
 TRAINED = "model"  # the trained click model
-CLASSICAL_METHODS = ("graphcut", "random_walk", "geodesic", "gsc", "esc")  # of Table 1, they need no training
+CLASSICAL_READS = {  # of Table 1, they need no training; settings of `classical` that change the answers of each
+    "graphcut": ("seed_radius", "frame", "gamma"),
+    "random_walk": ("seed_radius", "frame", "beta"),
+    "geodesic": ("seed_radius", "frame"),
+    "gsc": ("seed_radius", "frame", "gamma"),
+    "esc": ("seed_radius", "frame", "gamma"),
+}
+CLASSICAL_METHODS = tuple(CLASSICAL_READS)
 # Decimals that people type and JSON does not know: .9, 10., +0.5
 _DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 _OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -186,10 +193,10 @@ class SourcesConfig(Settings):
 class ClassicalConfig(Settings):
     """The methods of Table 1 that are not deep. What their authors did not publish is shared by all and not tuned."""
 
-    seed_radius: float = Field(5.0, ge=0)  # pixels around a click that count as clicked; chosen on GrabCut
+    seed_radius: float = Field(5.0, ge=0, le=1000)  # pixels around a click that count as clicked; chosen on GrabCut
     frame: bool = True  # the outermost pixels are background until the first negative click; chosen on GrabCut
-    gamma: float = Field(150.0, ge=0)  # smoothness of GraphCut, GSC and ESC (Gulshan et al.)
-    beta: float = Field(1000.0, gt=0)  # contrast of Random Walk's edges, scikit-image's scale; chosen on GrabCut
+    gamma: float = Field(150.0, ge=0, le=1e6)  # smoothness of GraphCut, GSC and ESC (Gulshan et al.)
+    beta: float = Field(1000.0, gt=0, le=1e6)  # contrast of Random Walk's edges, on scikit-image's scale
 
 
 class ClickConfig(Settings):

@@ -409,7 +409,8 @@ def test_settings_without_effect_are_named(half_labelled, capsys, tmp_path):
     assert notes("--model", str(tmp_path / "trained")) == [f"{trained}train.seed, features.extractor"]
     assert notes("--model", str(tmp_path / "other")) == [f"{trained}sampling.alpha, train.seed, features.extractor"]
     untrained = "note: no effect here, for geodesic needs no training: sampling.alpha, train.seed, features.extractor"
-    assert notes("--method", "geodesic", "--set", "classical.gamma=1") == [untrained]
+    assert notes("--method", "geodesic", "--set", "classical.frame=false") == [untrained]
+    assert notes("--method", "geodesic", "--set", "classical.gamma=1") == [f"{untrained}, classical.gamma"]
     proposals = "note: no effect here, for proposals need no training: sampling.alpha, train.seed, eval.flip"
     datasets = f'eval_datasets=["folder:{half_labelled}"]'
     assert notes("--proposals", "--source", "tree", "--set", "data.min_side=9", "--set", datasets) == [proposals]

@@ -418,7 +418,7 @@ def test_the_commands_of_quoted_rows_can_be_copied_from_the_report(format: str) 
     tables, _, below = text.rpartition("NoC@90")
     assert "mis import" not in tables
     commands = {row.name: re.findall(r"mis (?:import|eval) .*", row.quoted) for row in table1.rows if row.quoted}
-    assert sum(map(len, commands.values())) == 8
+    assert sum(map(len, commands.values())) == 12
     for name, found in commands.items():
         (line,) = [line for line in below.splitlines() if "Not run here" in line and name in re.split(r"[:,.] ", line)]
         assert all(command in line for command in found), name

@@ -81,7 +81,8 @@ def background_label(labels: np.ndarray) -> int:
 def k_means(points: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
     """The cluster of each point, int64 [N] from 0: the best of ten runs of Lloyd's algorithm from k-means++ starts.
 
-    points: float64 [N, C]. Some clusters are empty where there are fewer different points.
+    points: float64 [N, C]. Some clusters are empty where there are fewer different points. Not scikit-learn's KMeans:
+    its threads add up in any order, and a photo must have the same masks to the bit on every machine.
     """
     best, best_cost = np.zeros(len(points), np.int64), np.inf
     for _ in range(ATTEMPTS):

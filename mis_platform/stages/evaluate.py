@@ -59,7 +59,7 @@ from mis_platform.stages import cluster
 from mis_platform.storage import Storage
 
 VERSION = 2  # 2: among equally deep errors the first is clicked, not one by chance
-OVERLAP_VERSION = 3  # of `evaluate_proposals`; 3: counts photos without a proposal
+OVERLAP_VERSION = 4  # of `evaluate_proposals`; 4: numbers and sizes of proposals are those of photos, not of objects
 
 GOOD_OVERLAPS = (0.5, 0.7, 0.85)  # IoU
 
@@ -134,8 +134,8 @@ def evaluate_proposals(
 
     proposals: a finished artifact of merge trees, all nodes of which count, or of masks. The summary has the mean best
     overlap, the median, the share of objects above 0.5, 0.7 and 0.85, over the photos the mean number of proposals and
-    their median size, and the share of photos in which none was found; photos without any (quarantined) and objects
-    without a pixel are listed there and count nowhere. Raises DataError as above.
+    the median of their median sizes, and the share of photos in which none was found; photos without any (quarantined)
+    and objects without a pixel are listed there and count nowhere. Raises DataError as above.
     """
     job = Overlapping(_absolute(dataset), proposals, are_trees)
     with cluster.cluster(out, dataset):
@@ -143,24 +143,20 @@ def evaluate_proposals(
     overlaps = _column(out, found, "best_iou")
     if not overlaps.size:
         raise DataError(f"{dataset.name} in {dataset.root} has no object with a proposal to score")
-    sizes, counts = (_column(out, found, name) for name in ("proposal_area", "proposals"))
+    _, first = np.unique(_column(out, found, "image_id"), return_index=True)  # a photo's objects say the same of it
+    sizes, counts = (_column(out, found, name)[first] for name in ("proposal_area", "proposals"))
     summary: Row = {
         "images": len(dataset),
         "objects": len(overlaps),
         "mean_best_overlap": round(float(overlaps.mean(dtype=np.float64)), 4),
         "median_best_overlap": round(float(np.median(overlaps)), 4),
         "proposals": round(float(counts.mean(dtype=np.float64)), 2),
-        "share_of_photos_without": round(_share_without(_column(out, found, "image_id"), counts), 4),
+        "share_of_photos_without": round(float((counts == 0).mean()), 4),
         "median_proposal_area": round(float(np.nanmedian(sizes)), 4) if np.isfinite(sizes).any() else 0.0,
     }
     summary |= {f"share_above_{iou:g}": round(float((overlaps > iou).mean()), 4) for iou in GOOD_OVERLAPS}
     summary["excluded"] = [each for part in found for each in part.excluded]
     return _output(found, summary)
-
-
-def _share_without(image_ids: np.ndarray, counts: np.ndarray) -> float:
-    """The share of photos that have no proposal. image_ids: object [objects]; counts: int32 [objects], equal in one."""
-    return len(np.unique(image_ids[counts == 0])) / len(np.unique(image_ids))
 
 
 def _settings(config: EvalConfig) -> Row:

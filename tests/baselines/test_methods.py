@@ -14,7 +14,7 @@ from mis_platform.baselines import graph_cut
 from mis_platform.baselines.color_model import log_density
 from mis_platform.baselines.methods import build_method
 from mis_platform.baselines.seeds import BACKGROUND, FOREGROUND, seed_map
-from mis_platform.config import CLASSICAL_METHODS, ClassicalConfig
+from mis_platform.config import CLASSICAL_METHODS, CLASSICAL_READS, ClassicalConfig
 from mis_platform.simulation.clicks import Click
 
 
@@ -251,6 +251,34 @@ def test_odd_photos_and_clicks_have_an_answer(name: str, case: str) -> None:
     assert 0 <= found.min() <= found.max() <= 1
     for click in clicks:
         assert (found[int(click.y), int(click.x)] > 0.5) is np.bool_(click.positive)
+
+
+@pytest.mark.parametrize("name", CLASSICAL_METHODS)
+def test_the_settings_that_a_method_reads_are_named(name: str) -> None:
+    read: set[str] = set()
+
+    class Watched(ClassicalConfig):
+        def __getattribute__(self, each: str) -> object:
+            if each in ClassicalConfig.model_fields:
+                read.add(each)
+            return super().__getattribute__(each)
+
+    image, _ = two_colors()
+    answer(name, image, [Click(30, 42, positive=True)], Watched())
+    assert read == set(CLASSICAL_READS[name])
+
+
+@pytest.mark.parametrize("name", CLASSICAL_METHODS)
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_ends_of_the_settings_have_an_answer(name: str, side: int) -> None:
+    ends = {"seed_radius": (0, 1000), "gamma": (0, 1e6), "beta": (1e-9, 1e6)}
+    image, _ = two_colors()
+    config = ClassicalConfig(**{each: values[side] for each, values in ends.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = answer(name, image, [Click(30, 42, positive=True), Click(2, 2, positive=False)], config)
+    assert np.isfinite(found).all()
+    assert 0 <= found.min() <= found.max() <= 1
 
 
 def test_an_unknown_method_is_named() -> None:

@@ -1,7 +1,9 @@
 """The click protocol for anything that answers clicks at image size."""
 
 import itertools
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,16 @@ def square(height: int = 40, width: int = 50) -> np.ndarray:
 def sample(*objects: np.ndarray) -> Sample:
     image = np.random.default_rng(0).integers(0, 255, (*objects[0].shape, 3), dtype=np.uint8)
     return Sample("toy", "photo", image, [(str(k), mask) for k, mask in enumerate(objects)])
+
+
+def test_the_example_of_the_documentation_can_be_scored() -> None:
+    page = Path(__file__).parents[2] / "docs" / "click-models.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    clicks = list(evaluate_click_model(names["Nearest"](), [sample(square())], EvalConfig()))
+    assert clicks[0]["iou"] < 0.5, "one click: all of the photo"
+    assert clicks[-1]["iou"] > 0.8, "a rectangle, by its nearest clicks"
 
 
 def test_clicks_fall_on_the_largest_error_and_the_answer_is_handed_back() -> None:

@@ -28,7 +28,7 @@ from mis_platform.model import checkpoints
 from mis_platform.model.checkpoints import LEGACY_MAGIC, LEGACY_PROTOCOL, import_checkpoint
 from mis_platform.model.ritm import Ritm
 from mis_platform.model.simpleclick import SimpleClick
-from mis_platform.model.weights import eval_config, load_model, read_config
+from mis_platform.model.weights import FAMILIES, empty_model, eval_config, load_model, read_config
 from mis_platform.storage import Storage
 
 State = dict[str, Tensor]
@@ -128,6 +128,15 @@ def test_ritm(zipped: bool, hrnet: State, tmp_path: Path) -> None:
 def test_the_variant_is_told_from_the_shapes(variant: str, tmp_path: Path) -> None:
     state = dict(Ritm(variant).state_dict())
     assert import_checkpoint(save(tmp_path / "x.pth", official(state, HRNET)), tmp_path / "m")["variant"] == variant
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [(family, variant) for family, variants in FAMILIES.items() for variant in variants]
+)
+def test_every_variant_is_told_from_its_layout(family: str, variant: str) -> None:
+    size = 448 if family == "simpleclick" else 400
+    layout = empty_model(family, variant, size).state_dict()
+    assert checkpoints._recognise(layout, Path("x.pth")) == (family, variant, size)
 
 
 def test_another_size_and_the_names_of_multi_gpu_training(tmp_path: Path) -> None:

@@ -211,7 +211,10 @@ def test_overlaps_on_the_cluster(benchmark: Dataset, trees: Storage, tmp_path: P
     rows = rows_in(out, output)
     floats = ("best_iou", "area", "proposal_area")
     assert [{**row, **{name: float(np.float32(row[name])) for name in floats}} for row in alone] == rows
-    assert output.summary["proposals"] == round(float(np.mean([row["proposals"] for row in alone])), 2)
+    photos = {row["image_id"]: (row["proposals"], float(np.float32(row["proposal_area"]))) for row in alone}
+    assert len(photos) < len(alone), "one has two objects"
+    assert output.summary["proposals"] == round(float(np.mean([count for count, _ in photos.values()])), 2)
+    assert output.summary["median_proposal_area"] == round(float(np.median([area for _, area in photos.values()])), 4)
     ious = [float(str(row["best_iou"])) for row in rows]
     assert output.summary["objects"] == IMAGES - 1
     assert output.summary["mean_best_overlap"] == round(float(np.mean(ious)), 4)
@@ -223,11 +226,6 @@ def test_overlaps_on_the_cluster(benchmark: Dataset, trees: Storage, tmp_path: P
         **{"dataset": "string", "image_id": "string", "object_id": "string"},
         **{"best_iou": "float", "node": "int32", "area": "float", "proposals": "int32", "proposal_area": "float"},
     }
-
-
-def test_photos_without_a_proposal_are_counted_once() -> None:
-    image_ids = np.array(["a", "a", "a", "b", "c", "d", "d"], object)
-    assert stage._share_without(image_ids, np.array([0, 0, 0, 2, 1, 3, 3], np.int32)) == 0.25
 
 
 # -- clicks ----------------------------------------------------------------------------------------------------------
