@@ -25,7 +25,7 @@ QUOTED = {  # deep, supervised
     "PseudoClick": ((None, 1.84), (None, 2.98), (None, 5.61), (4.74, 6.16)),
 }
 WITH_PUBLIC_WEIGHTS = {  # what would run a quoted row, once its authors' weights are at hand
-    "f-BRS": "not its ResNet-50; f-BRS-B on RITM's HRNet: mis import sbd_h18_itermask.pth --out fbrs --refine fbrs && "
+    "f-BRS": "not its ResNet-101; f-BRS-B on RITM's HRNet: mis import sbd_h18_itermask.pth --out fbrs --refine fbrs && "
     "mis eval --model fbrs --dataset grabcut",
     "RITM": "mis import sbd_h18_itermask.pth --out ritm && mis eval --model ritm --dataset grabcut",
 }
