@@ -55,6 +55,7 @@ DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials le
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
 Wheels = Callable[[], synthetic.Material]  # makes them where they are missing
+RECORD = 2  # raised when rows get other MLflow runs: those of both kinds would lie under one parent
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_ORPHANS = 5.0
 SILENCE_MARGIN = 15.0  # seconds: a trial whose own watch works has ended itself by then
@@ -102,12 +103,21 @@ class Sweep:
         while the training photos are not there yet, and must not move when they are. Needs a row that can start.
         """
         task, rows = self.tasks[0], [row for row in self.whole.rows if not row.quoted]
-        scored = set.intersection(*(set(row.run.eval_datasets) for row in rows))
-        benchmarks = zip(task.row.run.eval_datasets, task.benchmarks, strict=True)
-        shared = {dataset.digest(masks=True) for spec, dataset in benchmarks if spec in scored}
+        shared = {dataset.digest(masks=True) for dataset in self.benchmarks}
         is_shared = task.photos is not None and len({_photos_of(row, self.experiment.measure) for row in rows}) == 1
         data = [[task.photos.digest()] if task.photos is not None and is_shared else [], sorted(shared)]
-        return fingerprint({"sweep": self.name, "profile": self.profile, "rows": _plain_rows(self.whole), "data": data})
+        rows = _plain_rows(self.whole)
+        return fingerprint(
+            {"record": RECORD, "sweep": self.name, "profile": self.profile, "rows": rows, "data": data}
+        )
+
+    @property
+    def benchmarks(self) -> tuple[Dataset, ...]:
+        """Those that every row of the whole experiment is scored on. Needs a row that can start."""
+        scored = set.intersection(*(set(row.run.eval_datasets) for row in self.whole.rows if not row.quoted))
+        task = self.tasks[0]
+        specs = zip(task.row.run.eval_datasets, task.benchmarks, strict=True)
+        return tuple(dataset for spec, dataset in specs if spec in scored)
 
     @property
     def size(self) -> str:
@@ -217,7 +227,7 @@ def _task(
 
 
 def _is_twin(task: Task, whole: Experiment, resources: Resources, measured: dict[tuple[str, int], str]) -> bool:
-    """Whether an earlier row of the whole experiment is the same model under the same protocol.
+    """Whether an earlier row of the whole experiment is the same model under the same protocol on the same objects.
 
     measured: `Task.measured` by row and seed, that of `task` at least; what is found out is added, since it takes long
     where there are many photos.
@@ -226,8 +236,7 @@ def _is_twin(task: Task, whole: Experiment, resources: Resources, measured: dict
     def reads(row: Row) -> tuple[object, ...]:
         is_trained = _photos_of(row, whole.measure) is not None
         start = Row(row.name, row.pretraining) if is_trained and row.pretraining else None
-        benchmarks = () if "clicks" in whole.measure else row.run.eval_datasets
-        return _photos_of(row, whole.measure), start and _photos_of(start, whole.measure), benchmarks
+        return _photos_of(row, whole.measure), start and _photos_of(start, whole.measure), row.run.eval_datasets
 
     for row in whole.rows:
         if row.name == task.row.name:
@@ -318,12 +327,14 @@ def run_sweep(sweep: Sweep) -> Comparison:
         _write_failures(sweep, failures)
         for task in sweep.tasks:
             try:
-                _record(sweep, task, failures.get(_key(task)))
+                _record(sweep, task, failures.get(_key(task)), parent)
             except Exception as error:
                 print(
                     f"sweep: {task.name} is not in MLflow, the next run tries again: {reason_of(error)}",
                     file=sys.stderr,
                 )
+        if parent is not None:
+            jobs.log_benchmarks(parent, sweep.benchmarks)
         comparison, found = compare_rows(sweep)
         _record_report(sweep, comparison, found, parent)
         if parent is not None:
@@ -601,7 +612,29 @@ def _child(sweep: Sweep, task: Task, wait: bool = True, computes: bool = True) -
     return jobs.record(*about, wait=wait, identity=task.fingerprint(sweep.resources), computes=computes)
 
 
-def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
+def _is_recorded(sweep: Sweep, what: str, parent: tracking.Tracker | None) -> bool:
+    """Whether this is in the store already, below this very parent: a store that was emptied has made another one.
+
+    As long as the store does not answer, what it once got counts.
+    """
+    try:
+        below = sweep.directory.read_bytes(_mark(sweep, what)).decode(errors="replace")
+    except FileNotFoundError:
+        return False
+    return parent is None or parent.run_id in (None, below)
+
+
+def _set_recorded(sweep: Sweep, what: str, parent: tracking.Tracker | None) -> None:
+    """To be called when everything has been said; what waits for the store meanwhile is safe on disk."""
+    run_id = parent.run_id if parent is not None else None  # None: the next run says it again, which adds nothing
+    sweep.directory.write_bytes(_mark(sweep, what), (run_id or "").encode())
+
+
+def _mark(sweep: Sweep, what: str) -> str:
+    return f"recorded/{fingerprint({'store': tracking.tracking_uri(sweep.root), 'what': what})}"
+
+
+def _record(sweep: Sweep, task: Task, failure: str | None, parent: tracking.Tracker | None) -> None:
     """Everything about a row in MLflow: why it failed, or curves, scores, pictures and the paper's numbers."""
     about = {"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
     if failure is not None:
@@ -610,9 +643,7 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
         tracker.close("FAILED")
         return
     identity = task.fingerprint(sweep.resources)
-    store = fingerprint({"store": tracking.tracking_uri(sweep.root), "task": identity})
-    marker = f"recorded/{store}"
-    if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
+    if not task.is_done(sweep.root, sweep.resources) or _is_recorded(sweep, identity, parent):
         return
     run, resources, root, above = task.run, sweep.resources, sweep.root, (sweep.parent, identity)
     if task.photos is not None:
@@ -627,7 +658,7 @@ def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
             jobs.log_benchmarks(tracker, task.benchmarks)
         tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
-    sweep.directory.write_bytes(marker, b"")
+    _set_recorded(sweep, identity, parent)
 
 
 def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
@@ -659,8 +690,11 @@ def _record_report(
 ) -> None:  # fmt: skip
     """The report and its figures, as files in the sweep's directory and as artifacts of the parent run, if any."""
     texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
-    if sweep.directory.exists(LAST_REPORT) and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
-        return  # nothing is new: a second run draws nothing again
+    what = fingerprint({"report": texts[LAST_REPORT]})
+    is_there = sweep.directory.exists(LAST_REPORT)
+    if is_there and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
+        if parent is None or _is_recorded(sweep, what, parent):
+            return  # nothing is new: a second run draws nothing again
     try:
         for name, figure in draw(sweep, comparison, found).items():
             sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))
@@ -672,6 +706,8 @@ def _record_report(
         if parent is not None:
             parent.log_text(text, name)
         sweep.directory.write_bytes(name, text.encode())
+    if parent is not None:
+        _set_recorded(sweep, what, parent)
 
 
 def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracker) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import ray
 from commands import mis
+from mlflow.tracking import MlflowClient
 from processes import kill_group, wait_until
 from ray.util.state import list_actors
 
@@ -599,6 +600,105 @@ def test_rows_behind_a_method_that_hangs_are_scored(hanging_method: str, ray_clu
     assert lines[0].reason == hanging_method.format(40)
 
 
+# -- what MLflow has of a sweep --------------------------------------------------------------------------------------
+
+Record = dict[str, tuple[str, str, dict[str, float], int]]  # run id -> parent's, name, metrics, files
+
+
+def record_of(uri: str) -> Record:
+    """Everything in a store that a person would take for a result."""
+    client = MlflowClient(uri)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert not [run for run in runs if run.info.status != "FINISHED"]
+    for run in runs:
+        for name in run.data.metrics:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
+            assert len(steps) == len(set(steps)), f"{name} is there twice"
+    return {
+        run.info.run_id: (
+            run.data.tags.get("mlflow.parentRunId", ""),
+            str(run.info.run_name),
+            run.data.metrics,
+            sum(file.is_file() for file in Path(run.info.artifact_uri).rglob("*")),
+        )
+        for run in runs
+    }
+
+
+def of_methods(tmp_path: Path, experiments: Path, empty_store: Path) -> Callable[[], Comparison]:
+    """A sweep of one row without training, scored on tmp_path/objects."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    (experiments / "tiny.py").write_text(METHODS)
+    synthetic.write_benchmark(tmp_path / "objects", 2)
+    words = ["eval.max_clicks=2", f'eval_datasets=["synthetic:{tmp_path}/objects"]']
+    return lambda: sweep.run_sweep(prepare(tmp_path, only=["fine"], assignments=words))
+
+
+@pytest.mark.ray
+def test_an_exchanged_benchmark_is_another_sweep_in_mlflow(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path
+) -> None:
+    """Of the same name in the same place: its scores are shown once, and the old ones do not pass for them."""
+    run, uri = of_methods(tmp_path, experiments, empty_store), f"sqlite:///{tmp_path}/mlflow.db"
+    run()
+    before = record_of(uri)
+    run()
+    assert record_of(uri) == before, "without a change nothing is added"
+    shutil.rmtree(tmp_path / "objects")
+    synthetic.write_benchmark(tmp_path / "objects", 3, seed=7)
+    run()
+    after = record_of(uri)
+    run()
+    assert record_of(uri) == after
+    assert {run_id: after[run_id] for run_id in before} == before, "what was measured then stays as it was"
+    new = {run_id: each for run_id, each in after.items() if run_id not in before}
+    assert sorted(name for _, name, _, _ in new.values()) == ["fine", "tiny smoke"]
+    assert {above for above, *_ in new.values()} == {"", *(key for key, each in new.items() if not each[0])}
+    for record, objects in ((before, 2), (new, 3)):
+        assert [each[2]["synthetic/objects"] for each in record.values() if each[0]] == [objects]
+    client = MlflowClient(uri)
+    read = {key: client.get_run(key).inputs.dataset_inputs for key in after}
+    digests = {key: each[0].dataset.digest for key, each in read.items() if len(each) == 1}
+    assert digests.keys() == after.keys(), "parents say what their rows were scored on, too"
+    assert [len({digests[key] for key in record}) for record in (before, new, after)] == [1, 1, 2]
+
+
+@pytest.mark.ray
+def test_a_store_that_has_nothing_gets_all_of_a_finished_sweep(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second store, and one that was emptied; nothing is computed for them."""
+    run = of_methods(tmp_path, experiments, empty_store)
+    first, second = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/second.db"
+    (tmp_path / "second.db").write_bytes(empty_store.read_bytes())
+    run()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("clicks/*/*/*")}
+
+    def contents(record: Record) -> list[tuple[str, str, dict[str, float], int]]:
+        return sorted((above and record[above][1], *rest) for above, *rest in record.values())
+
+    expected = contents(record_of(first))
+    assert [(above, name) for above, name, *_ in expected] == [("", "tiny smoke"), ("tiny smoke", "fine")]
+    assert all(files > 3 for *_, files in expected), "the report with its figures; tables and pictures of the row"
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", second)
+        run()
+        there = record_of(second)
+        run()
+        assert record_of(second) == there
+    assert contents(there) == expected
+    old = record_of(first)
+    for run_id in old:
+        MlflowClient(first).delete_run(run_id)
+    run()
+    new = record_of(first)
+    run()
+    assert record_of(first) == new
+    assert contents(new) == expected
+    assert not new.keys() & old.keys()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("clicks/*/*/*")} == made
+
+
 OF_RAY_DATA = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")  # one each for a cluster
 
 
@@ -816,8 +916,9 @@ def test_rows_that_share_a_model_have_a_run_each(experiments: Path, tmp_path: Pa
         alone = prepare(tmp_path, seeds=2, only=[task.row.name])
         assert runs[task.name] == alone.tasks[task.seed].fingerprint(here)
     for task in (task for task in whole.tasks if not task.is_twin):
-        expected = fingerprint({"model": task.training(here).fingerprint, "eval": plain(task.run.eval)})
-        assert runs[task.name] == expected, "as without a sweep"
+        objects = [["synthetic", task.benchmarks[0].digest(masks=True)]]
+        model = task.training(here).fingerprint
+        assert runs[task.name] == fingerprint({"model": model, "eval": plain(task.run.eval), "objects": objects})
 
 
 @pytest.mark.parametrize("change", ["eval.threshold=0.4", "method=graphcut", "dataset=folder:elsewhere"])
