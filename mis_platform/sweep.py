@@ -107,9 +107,7 @@ class Sweep:
         is_shared = task.photos is not None and len({_photos_of(row, self.experiment.measure) for row in rows}) == 1
         data = [[task.photos.digest()] if task.photos is not None and is_shared else [], sorted(shared)]
         rows = _plain_rows(self.whole)
-        return fingerprint(
-            {"record": RECORD, "sweep": self.name, "profile": self.profile, "rows": rows, "data": data}
-        )
+        return fingerprint({"record": RECORD, "sweep": self.name, "profile": self.profile, "rows": rows, "data": data})
 
     @property
     def benchmarks(self) -> tuple[Dataset, ...]:
@@ -691,10 +689,10 @@ def _record_report(
     """The report and its figures, as files in the sweep's directory and as artifacts of the parent run, if any."""
     texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
     what = fingerprint({"report": texts[LAST_REPORT]})
-    is_there = sweep.directory.exists(LAST_REPORT)
-    if is_there and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
-        if parent is None or _is_recorded(sweep, what, parent):
-            return  # nothing is new: a second run draws nothing again
+    is_old = sweep.directory.exists(LAST_REPORT)
+    is_old = is_old and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]
+    if is_old and (parent is None or _is_recorded(sweep, what, parent)):
+        return  # nothing is new: a second run draws nothing again
     try:
         for name, figure in draw(sweep, comparison, found).items():
             sweep.directory.write_bytes(f"figures/{name}", figures.to_png(figure))

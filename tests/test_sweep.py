@@ -628,10 +628,10 @@ def record_of(uri: str) -> Record:
 def of_methods(tmp_path: Path, experiments: Path, empty_store: Path) -> Callable[[], Comparison]:
     """A sweep of one row without training, scored on tmp_path/objects."""
     (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
-    (experiments / "tiny.py").write_text(METHODS)
+    (experiments / "tiny.py").write_text(METHODS.replace("hangs", "quick"))
     synthetic.write_benchmark(tmp_path / "objects", 2)
     words = ["eval.max_clicks=2", f'eval_datasets=["synthetic:{tmp_path}/objects"]']
-    return lambda: sweep.run_sweep(prepare(tmp_path, only=["fine"], assignments=words))
+    return lambda: sweep.run_sweep(prepare(tmp_path, only=["quick"], assignments=words))
 
 
 @pytest.mark.ray
@@ -652,7 +652,7 @@ def test_an_exchanged_benchmark_is_another_sweep_in_mlflow(
     assert record_of(uri) == after
     assert {run_id: after[run_id] for run_id in before} == before, "what was measured then stays as it was"
     new = {run_id: each for run_id, each in after.items() if run_id not in before}
-    assert sorted(name for _, name, _, _ in new.values()) == ["fine", "tiny smoke"]
+    assert sorted(name for _, name, _, _ in new.values()) == ["quick", "tiny smoke"]
     assert {above for above, *_ in new.values()} == {"", *(key for key, each in new.items() if not each[0])}
     for record, objects in ((before, 2), (new, 3)):
         assert [each[2]["synthetic/objects"] for each in record.values() if each[0]] == [objects]
@@ -678,7 +678,7 @@ def test_a_store_that_has_nothing_gets_all_of_a_finished_sweep(
         return sorted((above and record[above][1], *rest) for above, *rest in record.values())
 
     expected = contents(record_of(first))
-    assert [(above, name) for above, name, *_ in expected] == [("", "tiny smoke"), ("tiny smoke", "fine")]
+    assert [(above, name) for above, name, *_ in expected] == [("", "tiny smoke"), ("tiny smoke", "quick")]
     assert all(files > 3 for *_, files in expected), "the report with its figures; tables and pictures of the row"
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", second)
