@@ -59,9 +59,11 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 FINGERPRINT, MODEL, ERROR = "mis.fingerprint", "mis.model", "mis.error"
 COMMIT = "mlflow.source.git.commit"  # of the code that began the run
+CODE_CHANGED = "mis.code_changed"  # the commits that have computed a run, where they are several
 LATEST = "latest."  # what differs since: of a parameter, or of the commit that opened the run again
 PARENT = "mlflow.parentRunId"  # the UI shows runs with this tag below their parent
 ATTEMPT, OPENED = "mis.attempt", "mis.opened"  # how often the run was opened, and when last (milliseconds)
+CHAMPION = "champion"  # alias of the best version of a registered model
 DIGEST = "mis.sha256"  # of a registered model's weights
 MODEL_FILES = ("model.safetensors", "config.json")
 SECONDS_BETWEEN_FLUSHES = 5.0
@@ -408,7 +410,7 @@ class Tracker:
         self.set_tags({MODEL: directory.uri})
 
     def register_model(self, directory: Storage, name: str, size: tuple[int, int], licence: str) -> None:
-        """Put a saved model into the model registry, once for each content.
+        """Put a saved model into the model registry, once for each content; the alias "champion" moves to it.
 
         directory: local, with model.safetensors and config.json. name: of the registered model, which gets a version.
         size: (height, width) in pixels of its input, for the signature. licence: what a user has to know.
@@ -856,6 +858,9 @@ class _Sender:
         changed = {key: value for key, value in opening["params"].items() if before.get(key, value) != value}
         tags = {**opening["tags"], **{LATEST + key: value for key, value in changed.items()}}
         first = run.data.tags.get(COMMIT, tags.get(COMMIT))
+        worked = run.data.tags.get(CODE_CHANGED, str(first)).split(", ")
+        if opening.get("computes", True) and worked[-1] != tags.get(COMMIT, worked[-1]):
+            tags[CODE_CHANGED] = ", ".join([*worked, tags[COMMIT]])
         if COMMIT in tags and (tags[COMMIT] != first or LATEST + COMMIT in run.data.tags):
             tags |= {COMMIT: first, LATEST + COMMIT: tags[COMMIT]}
         tags[OPENED] = str(opening["opened"])
@@ -903,8 +908,14 @@ class _Sender:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with contextlib.suppress(MlflowException):  # it is there already
             self._client.create_registered_model(name)
-        if any(each.tags.get(DIGEST) == digest for each in self._client.search_model_versions(f"name = '{name}'")):
-            return
+        known = self._client.search_model_versions(f"name = '{name}'")
+        version = next((each.version for each in known if each.tags.get(DIGEST) == digest), None)
+        if version is None:
+            version = self._upload(run_id, name, directory, size, {DIGEST: digest, "licence": licence})
+        self._client.set_registered_model_alias(name, CHAMPION, version)
+
+    def _upload(self, run_id: str, name: str, directory: str, size: list[int], tags: dict[str, str]) -> str:
+        """A new version of a registered model. Returns its number."""
         with tempfile.TemporaryDirectory() as folder:
             for file in MODEL_FILES:
                 shutil.copy(Path(directory) / file, folder)
@@ -913,8 +924,7 @@ class _Sender:
             about.save(str(Path(folder) / "MLmodel"))
             self._client.log_artifacts(run_id, folder, "model")
         source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
-        tags = {DIGEST: digest, "licence": licence}
-        self._client.create_model_version(name, source, run_id, tags=tags)
+        return str(self._client.create_model_version(name, source, run_id, tags=tags).version)
 
 
 def _signature(height: int, width: int) -> ModelSignature:

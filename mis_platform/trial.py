@@ -41,6 +41,7 @@ class Task:
     benchmarks: tuple[Dataset, ...]
     measure: tuple[str, ...]
     pretraining_photos: Dataset | None = None  # of the row's pretraining, where it has one
+    is_pretraining: bool = False  # what rows start from, which nobody scores
     is_twin: bool = False  # an earlier row of the experiment is the same model, scored in the same way
 
     @property
@@ -103,6 +104,8 @@ class Task:
         The objects by their content: a benchmark that was exchanged has other scores under the same name, and MLflow
         can only add to those that a run has.
         """
+        if self.is_pretraining:
+            return fingerprint({"pretraining": self.model(resources)})
         if "clicks" not in self.measure:
             return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
         objects = sorted([each.name, each.digest(masks=True)] for each in self.benchmarks)

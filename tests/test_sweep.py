@@ -1,6 +1,8 @@
 """Sweeps on a real Ray cluster and a real MLflow store: shared work, failures, going on after kills."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -21,17 +23,21 @@ import ray
 from commands import mis
 from mlflow.tracking import MlflowClient
 from processes import kill_group, wait_until
+from ray.exceptions import RayTaskError
 from ray.util.state import list_actors
 
-from mis_platform import cli, sweep, trial
-from mis_platform.artifacts import ensure, git_commit
+from mis_platform import artifacts, cli, sweep, tracking, trial
+from mis_platform.artifacts import Output, Stage, ensure, git_commit, walk, write_manifest
 from mis_platform.comparison import Cell, Comparison
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, fingerprint, flatten, override, plain
 from mis_platform.data import synthetic
+from mis_platform.errors import FingerprintMismatch
 from mis_platform.evaluation.noc import keep_last
+from mis_platform.experiment import _WITHOUT_WEIGHTS as WITHOUT_WEIGHTS
 from mis_platform.experiment import Row, list_experiments
+from mis_platform.leases import hold
 from mis_platform.stages import cluster, evaluate
-from mis_platform.storage import Storage
+from mis_platform.storage import Storage, StorageError
 
 TINY = """
 '''Does it work?'''
@@ -159,12 +165,20 @@ def test_a_part_of_an_experiment_registers_no_model(
     """The best of the rows that were asked for may be worse than the version that is there."""
     registered: list[str] = []
     monkeypatch.setattr(sweep, "_register", lambda _, task, parent: registered.append(task.row.name))
-    monkeypatch.setattr(trial.Task, "is_done", lambda *_: True)
     cells = (scored("good", "noc90", 3.0), scored("twin", "noc90", 2.0))
     found = Comparison("", "", "smoke", "", 0.3, (), cells, (), {})
-    for only in (["good"], []):
-        sweep._register_best(prepare(tmp_path, only=only), found, None)  # type: ignore[arg-type]
-    assert registered == ["twin"]
+
+    def register(prepared: sweep.Sweep, missing: str = "") -> list[str]:
+        registered.clear()
+        monkeypatch.setattr(trial.Task, "is_done", lambda task, *_: task.row.name != missing)
+        sweep._register_best(prepared, found, None)  # type: ignore[arg-type]
+        return registered
+
+    whole = prepare(tmp_path)
+    assert register(whole) == ["twin"]
+    assert register(prepare(tmp_path, only=["good"])) == []
+    assert register(whole, missing="diverges") == [], "it failed, or was not run yet"
+    assert register(dataclasses.replace(whole, refused={("other", 0): "no weights"})) == []
 
 
 def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Path, tmp_path: Path) -> None:
@@ -378,7 +392,7 @@ def test_a_sweep_with_a_failing_row(
     assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
     steps = rows_of(database, "select distinct step from metrics where key = 'train/loss' order by 1")
     assert [step for (step,) in steps] == [1, 2, 3]
-    assert rows_of(database, "select count(*) from model_versions") == [(1,)]
+    assert not rows_of(database, "select * from model_versions"), "of a row that failed nobody knows how good it is"
     ends = "select run_uuid, end_time from runs order by 1"
     ended = rows_of(database, ends)
 
@@ -391,6 +405,53 @@ def test_a_sweep_with_a_failing_row(
     both = ", ".join(sorted({git_commit() or "unknown", "f00d" * 10}))
     assert second.about["commits"] == both
     assert f"by the commits {both}; " in capsys.readouterr().err
+
+    check_a_start_from_another_row(experiments, tmp_path)
+
+
+def check_a_start_from_another_row(experiments: Path, root: Path) -> None:
+    """In a root that has the row "good" already: a pretraining whose record a kill cut off, and the best model."""
+    lines = TINY.splitlines()
+    (twin, diverges) = (line for line in lines if "twin" in line or "diverges" in line)
+    tuned = diverges.replace(diverges.strip(), 'Row("tuned", Run(), pretraining=Run()),')
+    (experiments / "tiny.py").write_text("\n".join(line for line in lines if line != twin).replace(diverges, tuned))
+    prepared = prepare(root)
+    (task,) = (task for task in prepared.tasks if task.row.pretraining)
+    start = sweep._child(prepared, sweep._as_pretraining(task))
+    start.log_metrics({"train/loss": 7.0}, 1)
+    start.close("KILLED")
+    comparison = sweep.run_sweep(prepared)
+    assert [(line.name, line.state) for line in comparison.lines[:2]] == [("good", "done"), ("tuned", "done")]
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`mis.fingerprint` = '{prepared.parent}'")
+    above = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    runs = {run.data.tags["mis.row"]: run for run in client.search_runs([experiment.experiment_id], above)}
+    name = "pretraining vit_xt wheels alpha 0.9 lambda 10"
+    assert {row: (run.info.run_name, run.info.status) for row, run in runs.items()} == {
+        row: (row, "FINISHED") for row in ("good", "tuned", name)
+    }
+    assert runs[name].data.tags["mis.start_of"] == "tuned"
+    assert [(each.dataset.name, each.tags[0].value) for each in runs[name].inputs.dataset_inputs] == [
+        ("folder", "training")
+    ]
+    points = client.get_metric_history(runs[name].info.run_id, "train/loss")
+    assert sorted(point.step for point in points) == [1, 2, 3]
+    assert {point.value for point in points if point.step == 1} == {7.0}, "what was there stays, what was missing came"
+    fingerprint = task.pretraining(prepared.resources).fingerprint  # type: ignore[union-attr]
+    inits = {row: run.data.params["model.init"] for row, run in runs.items()}
+    assert inits == {"good": "random", name: "random", "tuned": f"checkpoint/{fingerprint}"}
+    changed = [tag for tag in runs["tuned"].data.tags if tag.startswith(tracking.LATEST + "model")]
+    assert not changed, "training, scoring and record agree"
+
+    cells = {(cell.row, cell.metric): cell.mean for cell in comparison.cells}
+    best = sweep.best_row(comparison, ["good", "tuned"])
+    assert cells[best, "noc90"] == min(cells["good", "noc90"], cells["tuned", "noc90"])
+    best_task = next(task for task in prepared.tasks if task.row.name == best)
+    weights = root / "checkpoint" / best_task.training(prepared.resources).fingerprint / "model.safetensors"
+    champion = client.get_model_version_by_alias(f"mis-tiny-smoke-{prepared.parent}", "champion")
+    assert champion.tags[tracking.DIGEST] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "licence" in champion.tags
 
 
 def pretend_commit(manifest: Path, commit: str) -> None:
@@ -429,14 +490,17 @@ def test_rows_whose_pretraining_failed_do_not_start(
     prepared = prepare(tmp_path)
     asked = []
 
-    def fail(_: sweep.Sweep, groups: list[list[trial.Task]]) -> dict[str, str]:
+    def fail(_: sweep.Sweep, groups: list[list[trial.Task]]) -> dict[str, sweep.Failure]:
         asked.append([task.name for group in groups for task in group])
-        return {f"{task.row.name}/{task.seed}": "no memory" for group in groups for task in group}
+        return {f"{task.row.name}/{task.seed}": sweep.Failure("no memory") for group in groups for task in group}
 
     monkeypatch.setattr(sweep, "_fan_out", fail)
     failures = sweep._pretrain(prepared, [task for task in prepared.tasks if task.row.pretraining is not None])
     assert asked == [["pretraining of twin"]]
-    assert failures == {"twin/0": "pretraining: no memory"}
+    assert failures == {"twin/0": sweep.Failure("pretraining: no memory")}
+    reasons = {key: failure.reason for key, failure in failures.items()}
+    told = [(task.name, failure) for task, failure in sweep._recorded(prepared, reasons) if failure]
+    assert told == [("pretraining of twin", "no memory"), ("twin", "pretraining: no memory")]
 
 
 @pytest.mark.parametrize("words", [("run", "sweep", "tiny", "--dry-run"), ("show", "tiny")])
@@ -697,6 +761,117 @@ def test_a_store_that_has_nothing_gets_all_of_a_finished_sweep(
     assert contents(new) == expected
     assert not new.keys() & old.keys()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("clicks/*/*/*")} == made
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_strict_refuses_what_other_code_has_made_or_begun(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Before anything runs; both are named. Without the word it is used."""
+    prepared = prepare(tmp_path)
+    trees = next(stage for stage in walk(prepared.tasks[0].training(Resources())) if stage.name == "trees")
+    directory = trees.directory(prepared.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "git_commit", lambda: "aaaa")
+        patch.setattr(artifacts, "versions", artifacts.versions.__wrapped__)
+        if begun:
+            artifacts._note_code(directory)
+        else:
+            write_manifest(trees, Output(parts=(), digest="0" * 64), directory)
+        sweep.check_same_code(prepared)
+        patch.setattr(artifacts, "git_commit", lambda: "bbbb")
+        assert run_tiny(tmp_path, "--strict", "--dry-run") == cli.MISMATCH
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"Error: trees/{trees.fingerprint} was computed by the code aaaa, and this is bbbb; ")
+        assert run_tiny(tmp_path, "--dry-run") == 0
+        folder = tmp_path / "wheels" / "photos"
+        words = ["train", "--dataset", f"folder:{folder}", "--root", tmp_path, "--dry-run"]
+        words += [word for name, value in WITHOUT_WEIGHTS.items() for word in ("--set", f"{name}={value}")]
+        assert mis(*words) == 0
+        capsys.readouterr()
+        assert mis(*words, "--strict") == cli.MISMATCH
+        assert "by the code aaaa, and this is bbbb; " in capsys.readouterr().err
+        patch.setattr(artifacts, "git_commit", lambda: "aaaa+changes")
+        with pytest.raises(FingerprintMismatch, match=r"code aaaa, and this is aaaa\+changes"):
+            sweep.check_same_code(prepared)
+        directory.remove("manifest.json")
+        directory.remove(artifacts.CODE_FILE)
+        artifacts._note_code(directory)
+        with pytest.raises(FingerprintMismatch, match=r"code aaaa\+changes, and this is aaaa\+changes"):
+            sweep.check_same_code(prepared)  # perhaps of another edit
+
+
+# -- what is no row's fault ------------------------------------------------------------------------------------------
+
+
+def run_tiny(root: Path, *more: str) -> int:
+    words = [word for setting in SHORT for word in ("--set", setting)]
+    return mis("run", "sweep", "tiny", "--profile", "smoke", "--root", root, *words, *more)
+
+
+@pytest.mark.ray
+def test_what_all_rows_need_and_cannot_have_is_the_exit_code(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    prepared = prepare(tmp_path)
+    trees = next(stage for stage in walk(prepared.tasks[0].training(Resources())) if stage.name == "trees")
+    directory = trees.directory(Storage(str(tmp_path)))
+    with hold(directory):  # another command makes them just now
+        assert run_tiny(tmp_path) == cli.LOST
+    assert "Error: another mis process is working on" in (said := capsys.readouterr().err)
+    assert str(directory) in said.splitlines()[-1]
+    other = dataclasses.replace(trees, config={**trees.config, "data": "other"})
+    write_manifest(other, Output(parts=(), digest="0" * 64), directory)
+    assert run_tiny(tmp_path) == cli.MISMATCH
+    assert f"Error: trees/{trees.fingerprint} was made with other settings: " in capsys.readouterr().err
+    (report,) = tmp_path.glob("sweeps/*/*/report.txt")
+    assert "good, twin, diverges: failed: trees: " in report.read_text(), "it is recorded all the same"
+    assert not (tmp_path / "checkpoint").exists()
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', 'Row("twin", METHOD)').replace(
+        "EXPERIMENT =", "METHOD = changed(Run(), method='geodesic')\nEXPERIMENT ="
+    ))  # fmt: skip
+    synthetic.write_benchmark(tmp_path / "objects", 1)
+    assert run_tiny(tmp_path, "--set", f'eval_datasets=["synthetic:{tmp_path}/objects"]') == cli.FAILURES
+
+
+@pytest.mark.parametrize(
+    ("causes", "raised"),
+    [
+        ([None, sweep.Failure("gone", StorageError("gone"))], None),  # None: that row is done
+        ([sweep.Failure("it diverged"), sweep.Failure("gone", StorageError("gone"))], None),
+        ([sweep.Failure("gone", StorageError("gone"))] * 2, StorageError),
+        ([sweep.Failure("other", FingerprintMismatch("other"))], FingerprintMismatch),
+        ([], None),
+    ],
+)
+def test_a_sweep_is_lost_when_nothing_of_it_can_go_on(causes: list[sweep.Failure | None], raised: type | None) -> None:
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        sweep._raise_if_lost(causes)
+
+
+def test_the_cause_is_found_behind_rays_errors() -> None:
+    inner = StorageError("cannot write to there: No space left on device")
+    error = RayTaskError("run_trial", "ray::run_trial() ...", inner).as_instanceof_cause()
+    outer = RuntimeError("the trial failed")
+    outer.__cause__ = error
+    for each in (inner, error, outer):
+        assert sweep._failure(each) == sweep.Failure(f"StorageError: {inner}", inner)
+    assert sweep._failure(ValueError("as it is")) == sweep.Failure("as it is")
+
+
+def test_a_ray_that_is_gone_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not row for row, each with an error of Ray's own."""
+
+    def fail(*_: object) -> Output:
+        raise ray.exceptions.RaySystemError("no raylet")
+
+    stage = Stage(name="trees", version=1, config={}, run=fail)
+    assert sweep._attempt(stage, Storage(str(tmp_path)), 60.0) is not None
+    monkeypatch.setattr(cluster, "is_lost", lambda: True)
+    with pytest.raises(ConnectionError, match="Ray has ended") as error:
+        sweep._attempt(stage, Storage(str(tmp_path)), 60.0)
+    assert cli._exit_code(error.value) == cli.LOST
 
 
 OF_RAY_DATA = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")  # one each for a cluster

@@ -873,6 +873,18 @@ def test_the_commit_that_began_a_run_stays(root: Storage, monkeypatch: pytest.Mo
     assert seen == [("aaaa", commit) for commit in newest]
 
 
+def test_a_run_that_other_code_has_gone_on_with_says_so(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that only reports on it changes nothing."""
+    seen = []
+    attempts = [("a", True), ("b", False), ("a", True), (None, True), ("b", True), ("b", True), ("a", True)]
+    for commit, computes in attempts:
+        monkeypatch.setattr(tracking, "git_commit", lambda commit=commit: commit)
+        with tracking.open_run(root, **ABOUT, computes=computes):
+            pass
+        seen.append(the_run(root).data.tags.get("mis.code_changed"))
+    assert seen == [None, None, None, None, "a, b", "a, b", "a, b, a"]
+
+
 def test_an_error_is_forgotten_when_the_next_attempt_begins(root: Storage) -> None:
     with pytest.raises(RuntimeError), tracking.open_run(root, **ABOUT):
         raise RuntimeError("no memory")
@@ -894,11 +906,13 @@ def test_a_model_is_registered_once_for_each_content(root: Storage, tmp_path: Pa
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    for weights in (b"first", b"first", b"second"):
+    client, champions = tracking.connect(root), []
+    for weights in (b"first", b"first", b"second", b"first"):
         (model / "model.safetensors").write_bytes(weights)
         with tracking.open_run(root, **ABOUT) as tracker:
             tracker.register_model(Storage(str(model)), "mis-test", (224, 448), "CC-BY-NC 4.0")
-    client = tracking.connect(root)
+        champions.append(int(client.get_model_version_by_alias("mis-test", "champion").version))
+    assert champions == [1, 1, 2, 1], "the best is who was called so last"
     versions = client.search_model_versions("name = 'mis-test'")
     assert sorted(int(version.version) for version in versions) == [1, 2]
     assert {version.tags["licence"] for version in versions} == {"CC-BY-NC 4.0"}
