@@ -35,7 +35,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
-from mis_platform.artifacts import Stage, check_code, check_missing, code_of, read_manifest, walk
+from mis_platform.artifacts import Stage, check_code, check_identity, check_missing, code_of, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, check_protocols, compare, render
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
@@ -812,7 +812,9 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
     if sweep.experiment.rows != sweep.whole.rows or sweep.refused or not is_done:
         return
     done = {task.row.name: task for task in reversed(sweep.tasks)}  # of several seeds the first
-    best = best_row(comparison, [name for name, task in done.items() if task.is_trained])
+    best = best_row(
+        comparison, [row.name for row in sweep.whole.rows if row.name in done and done[row.name].is_trained]
+    )
     if best is not None:
         _register(sweep, done[best], parent)
 
@@ -876,7 +878,10 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
             if task is None:
                 found.append(Outcome(row, seed, "refused", sweep.refused[row.name, seed], {}, {}, {}))
             elif task.is_done(sweep.root, sweep.resources):
-                found.append(_outcome(sweep, task))
+                try:
+                    found.append(_outcome(sweep, task))
+                except FingerprintMismatch as error:  # put there by hand: another row's scores, perhaps
+                    found.append(Outcome(row, seed, "failed", str(error), {}, {}, {}))
             else:
                 found.append(Outcome(row, seed, "failed" if reason else "missing", reason, {}, {}, {}))
     return found
@@ -887,11 +892,13 @@ def _outcome(sweep: Sweep, task: Task) -> Outcome:
     if "clicks" in task.measure:
         for dataset, stage in zip(task.benchmarks, task.clicks(sweep.root, sweep.resources), strict=True):
             directory = stage.directory(sweep.root)
-            protocol = read_manifest(directory)["summary"]["protocol"]
+            check_identity(stage, manifest := read_manifest(directory))
+            protocol = manifest["summary"]["protocol"]
             ious[dataset.name] = iou_table(report.read_table(directory), protocol["max_clicks"])
             protocols[dataset.name] = protocol
     if "overlap" in task.measure:
         for dataset, stage in zip(task.benchmarks, task.overlaps(sweep.resources), strict=True):
+            check_identity(stage, read_manifest(stage.directory(sweep.root)))
             overlaps[dataset.name] = report.read_overlaps(stage.directory(sweep.root))
     return Outcome(task.row, task.seed, "done", "", ious, overlaps, protocols)
 

@@ -762,6 +762,12 @@ def test_a_store_that_has_nothing_gets_all_of_a_finished_sweep(
     assert not new.keys() & old.keys()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("clicks/*/*/*")} == made
 
+    (manifest,) = tmp_path.glob("clicks/*/*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"geodesic"', '"graphcut"'))
+    (line,) = run().lines
+    assert line.state == "failed"
+    assert line.reason.startswith(f"clicks/synthetic/{manifest.parent.name} was made with other settings: ")
+
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_strict_refuses_what_other_code_has_made_or_begun(
