@@ -196,11 +196,13 @@ def _prefix(root: Storage, uri: str) -> str:
     Without user, password and options: another login is the same store, and a hash of a password is a clue to it. The
     root's own store is that wherever the root is moved.
     """
-    if root.local is not None and uri == f"sqlite:///{root.local / DATABASE}":
+    file, own = _sqlite_file(uri), root.local and os.path.abspath(root.local / DATABASE)
+    if file is None:
+        parts = urlsplit(uri)
+        place = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+        address = f"{parts.scheme}://{place}{parts.path.rstrip('/')}"
+    elif (address := os.path.abspath(file)) == own:
         return "own-"
-    parts = urlsplit(uri)
-    place = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
-    address = f"{parts.scheme}://{place}{parts.path.rstrip('/')}"
     return f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-"
 
 

@@ -411,6 +411,30 @@ def test_what_waits_for_one_store_is_not_sent_to_another(
     assert not list(tmp_path.glob("mlflow-spool/*"))
 
 
+def test_what_does_not_say_for_which_store_it_is_is_kept(root: Storage, tmp_path: Path) -> None:
+    """As folders that were left there before they said so."""
+    left = tmp_path / "mlflow-spool" / "1764000000000000000-0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "events.jsonl").write_text(json.dumps({"open": ABOUT}) + "\n")
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+        pass
+    assert the_run(root).data.tags["mis.fingerprint"] == "another", "it is alone"
+    assert left.is_dir()
+    assert tracking.waiting(root) == {"unknown": 1}
+
+
+def test_the_store_of_a_folder_is_its_address_without_a_login(root: Storage, tmp_path: Path) -> None:
+    def prefix(uri: str) -> str:
+        return tracking._prefix(root, uri)
+
+    assert prefix("http://a:b@Host:5000/") == prefix("http://host:5000") != prefix("http://host:5001")
+    assert prefix("postgresql://a:b@host/one?sslmode=require") == prefix("postgresql://host/one")
+    assert prefix("postgresql://host/one") != prefix("postgresql://host/two")
+    assert prefix(f"sqlite:///{tmp_path}/mlflow.db") == "own-" != prefix(f"sqlite:///{tmp_path}/other.db")
+    assert prefix(f"sqlite:///{os.path.relpath(tmp_path)}/mlflow.db") == "own-", "wherever one stands"
+
+
 def test_a_root_that_was_moved_keeps_its_own_store(root: Storage, tmp_path: Path) -> None:
     with tracking.open_run(root, **ABOUT) as tracker:
         (spool,) = tmp_path.glob("mlflow-spool/*")
