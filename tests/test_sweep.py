@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import pytest
@@ -353,15 +354,36 @@ def test_a_model_on_an_object_store_is_not_registered_and_says_so(
     assert "s3://bucket/mis/checkpoint/" in line
 
 
+FAILING = TINY.replace('Row("twin", Run())', 'Row("twin", Run(), {"synthetic/noc85": 1.5, "synthetic/noc90": 3.0})')
+
+
+class Failed(NamedTuple):
+    """A sweep of FAILING, and what was said."""
+
+    root: Path
+    prepared: sweep.Sweep
+    comparison: Comparison
+    said: str
+
+
+@pytest.fixture(scope="module")
+def failed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Failed:
+    root, folder = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("experiments")
+    (folder / "tiny.py").write_text(FAILING)
+    (root / "mlflow.db").write_bytes(empty_store.read_bytes())
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setenv("MIS_EXPERIMENTS", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        prepared = prepare(root)
+        comparison = sweep.run_sweep(prepared)
+    return Failed(root, prepared, comparison, said.getvalue())
+
+
 @pytest.mark.ray
-def test_a_sweep_with_a_failing_row(
-    experiments: Path, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_with_a_failing_row(experiments: Path, failed: Failed, capsys: pytest.CaptureFixture[str]) -> None:
     """One training serves two rows, one row fails alone, and a second run only repeats what failed."""
-    twin = 'Row("twin", Run(), {"synthetic/noc85": 1.5, "synthetic/noc90": 3.0})'
-    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', twin))
-    prepared = prepare(tmp_path)
-    comparison = sweep.run_sweep(prepared)
+    (experiments / "tiny.py").write_text(FAILING)
+    tmp_path, prepared, comparison, said = failed
     states = {line.name: line.state for line in comparison.lines}
     assert states == {"good": "done", "twin": "done", "diverges": "failed", "elsewhere": "quoted"}
     reason = next(line.reason for line in comparison.lines if line.name == "diverges")
@@ -397,7 +419,7 @@ def test_a_sweep_with_a_failing_row(
     ended = rows_of(database, ends)
 
     before = len(list((tmp_path / "checkpoint").glob("*")))
-    assert "commits" not in capsys.readouterr().err
+    assert "commits" not in said
     pretend_commit(next(tmp_path.glob("trees/*/manifest.json")), "f00d" * 10)
     second = sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
     assert rows_of(database, ends) == ended, "nothing was computed, and no row was recorded twice"
@@ -406,11 +428,16 @@ def test_a_sweep_with_a_failing_row(
     assert second.about["commits"] == both
     assert f"by the commits {both}; " in capsys.readouterr().err
 
-    check_a_start_from_another_row(experiments, tmp_path)
 
-
-def check_a_start_from_another_row(experiments: Path, root: Path) -> None:
-    """In a root that has the row "good" already: a pretraining whose record a kill cut off, and the best model."""
+@pytest.mark.ray
+def test_a_row_that_starts_from_another_training(
+    experiments: Path, failed: Failed, tmp_path: Path, empty_store: Path
+) -> None:
+    """From one that is there already, of which a kill has cut off the record. All rows are done: the best is known."""
+    root = tmp_path / "root"
+    for name in ("wheels", "trees", "checkpoint", "clicks"):
+        shutil.copytree(failed.root / name, root / name)
+    (root / "mlflow.db").write_bytes(empty_store.read_bytes())
     lines = TINY.splitlines()
     (twin, diverges) = (line for line in lines if "twin" in line or "diverges" in line)
     tuned = diverges.replace(diverges.strip(), 'Row("tuned", Run(), pretraining=Run()),')
