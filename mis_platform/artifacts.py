@@ -12,8 +12,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from mis_platform.leases import hold
 from mis_platform.storage import Storage
 
 MANIFEST = "manifest.json"
+CODE_FILE = ".code"  # beside the parts: the code of each attempt, a line each
+EDITED = "+changes"  # behind the commit of source that was edited
 REPAIR = "`mis verify` tells all that is wrong, and with --repair makes it again"
 HASHED_BYTES = 2**30  # of an input: its checksums are looked at before a stage begins, up to a few seconds' worth
 _TEXTS = ("stage", "fingerprint", "digest")  # of a manifest
@@ -127,6 +130,7 @@ def ensure(stage: Stage, root: Storage) -> Storage:
         if not out.exists(MANIFEST):  # nobody finished it while we waited for the inputs
             for directory in inputs.values():
                 check_whole(directory)
+            _note_code(held)
             started = time.time()
             output = stage.run(inputs, held)
             write_manifest(stage, output, held, seconds=time.time() - started)
@@ -146,6 +150,7 @@ def remake(stage: Stage, root: Storage, damaged: Sequence[str]) -> dict[str, Any
         held.remove(MANIFEST)
         for name in damaged:
             held.remove(name)
+        _note_code(held)
         started = time.time()
         output = stage.run(inputs, held)
         if output.digest != before["digest"]:
@@ -159,6 +164,7 @@ def remake(stage: Stage, root: Storage, damaged: Sequence[str]) -> dict[str, Any
 
 def write_manifest(stage: Stage, output: Output, out: Storage, seconds: float = 0.0) -> None:
     """What makes an artifact finished; written last. seconds: that the stage took."""
+    worked = _noted_code(out)
     manifest = {
         **stage.identity(),
         "fingerprint": stage.fingerprint,
@@ -170,6 +176,7 @@ def write_manifest(stage: Stage, output: Output, out: Storage, seconds: float = 
             "seconds": seconds,
             **({"machine": _machine} if _machine else {}),
             **versions(),
+            **({"code": worked} if len(worked) > 1 else {}),
         },
     }
     out.write_bytes(MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
@@ -258,6 +265,44 @@ def note_machine(description: str) -> None:
     _machine = description
 
 
+def code_of(information: Mapping[str, Any]) -> list[str]:
+    """The code that a manifest's information tells of, the oldest first: commits, or versions of what is installed."""
+    version = information.get("packages", {}).get("mis-platform", "unknown")
+    return list(information.get("code") or [information.get("git_commit") or f"version {version}"])
+
+
+def check_code(stages: Iterable[Stage], root: Storage) -> None:
+    """Refuse to go on with what other code has made or begun, of these stages and all that they need.
+
+    Source that was edited counts as other code, because two edits of one commit cannot be told apart. Raises
+    FingerprintMismatch that names both.
+    """
+    (now,) = code_of(versions())
+    for stage in chain.from_iterable(map(walk, stages)):
+        out = stage.directory(root)
+        found = code_of(read_manifest(out)["information"]) if out.exists(MANIFEST) else _noted_code(out)
+        for before in found:
+            if before != now or now.endswith(EDITED):
+                raise FingerprintMismatch(
+                    f"{stage.name}/{stage.fingerprint} was computed by the code {before}, and this is {now}; "
+                    "without --strict it is used, as long as the stage's version is the same"
+                )
+
+
+def _noted_code(directory: Storage) -> list[str]:
+    """Of the attempts at an artifact; none for one that was never begun, or before this was noted."""
+    try:
+        return directory.read_bytes(CODE_FILE).decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+
+
+def _note_code(directory: Storage) -> None:
+    worked, now = _noted_code(directory), code_of(versions())
+    if worked[-1:] != now:
+        directory.write_bytes(CODE_FILE, "\n".join([*worked, *now]).encode())
+
+
 @functools.cache
 def versions() -> dict[str, Any]:
     """What computed this: package versions and the git commit of the source, if it is a checkout."""
@@ -285,6 +330,6 @@ def git_commit() -> str | None:
     try:
         if not git("ls-files", "--error-unmatch", str(source / "artifacts.py")):
             return os.environ.get("MIS_GIT_COMMIT")
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(source)) else "")
+        return git("rev-parse", "HEAD") + (EDITED if git("status", "--porcelain", "--", str(source)) else "")
     except (OSError, subprocess.TimeoutExpired):
         return os.environ.get("MIS_GIT_COMMIT")

@@ -84,6 +84,9 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what is don
 ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the experiment: paper, small or smoke.")]
 OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="Only this row; repeat for more.")]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, max=100, help="Trainings of each row, with other seeds.")]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Exit with 5 if other code has made or begun what would be used.")
+]
 DASHBOARD = "http://127.0.0.1:8265"
 AddressOption = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The dashboard of the cluster's head.")
@@ -157,15 +160,19 @@ def train(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
+    strict: StrictOption = False,
     untrusted: UntrustedOption = False,
 ) -> None:
     """Train a click model on simulated interactions; makes the trees first if they are missing."""
     run, resources = _settings(assignments, untrusted, dataset=dataset)
     from mis_platform import jobs, pipeline
+    from mis_platform.artifacts import check_code
 
     photos = pipeline.training_photos(run, data_root, resources.untrusted)
+    stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
+    if strict:
+        check_code([stage], _root(root))
     if dry_run:
-        stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: None)
         return _print_plan([stage], root)
     checkpoint = jobs.train(photos, run, resources, _writable(root))
     typer.echo(f"model: {checkpoint}")
@@ -277,14 +284,18 @@ def run_sweep(
     data_root: DataRootOption = None,
     assignments: SetOption = None,
     dry_run: DryRunOption = False,
+    strict: StrictOption = False,
 ) -> None:
     """Train and score every row of an experiment; run it again to go on after any stop. Exit code 4: a row failed or
     was refused, because its data or weights are not there."""
     prepared = _sweep(name, profile, only, seeds, root, data_root, assignments, writes=not dry_run)
-    if dry_run:
-        return _print_sweep(prepared)
     from mis_platform import sweep
     from mis_platform.comparison import STOPPED, render
+
+    if strict:
+        sweep.check_same_code(prepared)
+    if dry_run:
+        return _print_sweep(prepared)
 
     comparison = sweep.run_sweep(prepared)
     typer.echo(render(comparison, "text"))

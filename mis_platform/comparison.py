@@ -259,15 +259,20 @@ def _cell(
         high=high,
         paper=paper,
         difference=difference,
-        verdict=_verdict(difference, experiment.tolerance, profile),
+        verdict=_verdict(difference, experiment.tolerance, profile == PAPER_PROFILE and _is_whole(dataset, objects)),
         change=_change(row, experiment.reference(row), f"{dataset}/{metric}", scores),
     )
 
 
-def _verdict(difference: float | None, tolerance: float, profile: str) -> Verdict:
+def _is_whole(dataset: str, objects: int) -> bool:
+    """Whether so many objects are the benchmark that the paper's numbers are of, as far as its size is known."""
+    return dataset not in PAPER or PAPER[dataset].objects == objects
+
+
+def _verdict(difference: float | None, tolerance: float, is_comparable: bool) -> Verdict:
     if difference is None:
         return ""
-    if profile != PAPER_PROFILE:
+    if not is_comparable:
         return "not comparable"
     if difference < -tolerance - SLACK:
         return "better"
@@ -315,16 +320,17 @@ def _notes(experiment: Experiment, profile: str, cells: Sequence[Cell]) -> list[
         notes.append(brackets + (seeds if trained else ""))
     if any(cell.state == "done" and cell.seeds == 1 for cell in trained):
         notes.append("Where a row has one seed, a small difference may be the seed's.")
-    return notes + _notes_on_objects(experiment, cells)
+    return notes + _notes_on_objects(experiment, profile, cells)
 
 
-def _notes_on_objects(experiment: Experiment, cells: Sequence[Cell]) -> list[str]:
+def _notes_on_objects(experiment: Experiment, profile: str, cells: Sequence[Cell]) -> list[str]:
     notes: dict[str, None] = {}  # each once
     found = {(cell.row, cell.dataset, cell.metric): cell for cell in cells}
     for cell in cells:
-        paper = PAPER.get(cell.dataset)
-        if cell.paper is not None and paper and cell.objects not in (0, paper.objects):
-            notes[f"{cell.row} on {cell.dataset}: {cell.objects} objects, published are {paper.objects}."] = None
+        if cell.paper is not None and cell.objects and not _is_whole(cell.dataset, cell.objects):
+            verdict = ": no verdict" if profile == PAPER_PROFILE else ""
+            published = f"published are {PAPER[cell.dataset].objects}{verdict}"
+            notes[f"{cell.row} on {cell.dataset}: {cell.objects} objects, {published}."] = None
         reference = experiment.reference(experiment.row(cell.row))
         other = found[reference.name, cell.dataset, cell.metric] if reference else cell
         if cell.objects and other.objects and cell.objects != other.objects:

@@ -432,6 +432,8 @@ def _weight(what: str, given: str | None, repository: str, fetch: Callable[[], P
 
 def _mlflow(root: Storage) -> Findings:
     uri = tracking.tracking_uri(root)
+    for store, runs in tracking.waiting(root).items():
+        yield Finding(WARN, f"MLflow: {runs} run(s) wait in the root for {store}", "set MLFLOW_TRACKING_URI to it once")
     if not uri.startswith(("http://", "https://")):
         database = Path(uri.removeprefix("sqlite:///"))
         if uri.startswith("sqlite:///") and not database.exists():

@@ -50,7 +50,8 @@ def train(
     """
     stage = pipeline.checkpoint_stage(photos, run, resources, lambda step, metrics: log(step, metrics), pretraining)
     about = (root, experiment, name or title(run), stage.fingerprint, run, resources, parent)
-    with record(*about, identity=identity, computes=not stage.is_done(root)) as tracker:
+    settings = started(run, pretraining.fingerprint if pretraining else None)
+    with record(*about, settings=settings, identity=identity, computes=not stage.is_done(root)) as tracker:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             tracker.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step)
@@ -194,6 +195,12 @@ def model_title(model: Storage) -> str:
     return " ".join(word for word in words if word)
 
 
+def started(run: Run, pretraining: str | None) -> dict[str, Any]:
+    """Dotted name -> value of what decides a training. pretraining: fingerprint of that whose model it starts from."""
+    start = {"model.init": f"checkpoint/{pretraining}", "model.init_weights": None}
+    return flatten(run) | (start if pretraining else {})
+
+
 def settings_of(model: Storage, run: Run) -> dict[str, Any]:
     """Dotted name -> value: what is known to have decided a saved model, and the click protocol of `run`.
 
@@ -201,7 +208,8 @@ def settings_of(model: Storage, run: Run) -> dict[str, Any]:
     """
     described, protocol = describe(model), flatten(run.eval, "eval.")
     if (trained := _training_of(described)) is not None:
-        return flatten(trained) | protocol
+        inputs = read_manifest(model).get("inputs", {}) if model.exists(MANIFEST) else {}
+        return started(trained, inputs.get("pretraining")) | protocol
     known = {name: described.get(name) for name in ("variant", "image_size", "refine")}
     known |= {"family": family_of(described), "source": _source_file(described)}
     return {f"model.{name}": value for name, value in known.items() if value is not None} | protocol

@@ -35,12 +35,13 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
-from mis_platform.artifacts import Stage, check_missing, read_manifest, walk
+from mis_platform.artifacts import Stage, check_code, check_identity, check_missing, code_of, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, check_protocols, compare, render
 from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.labels import labelled_subset
+from mis_platform.errors import FingerprintMismatch
 from mis_platform.evaluation.noc import iou_table
 from mis_platform.experiment import Experiment, Row, load_experiment
 from mis_platform.model.weights import licence_of
@@ -56,9 +57,11 @@ DRIVER_CPU = 0.01  # of a trial: it only waits; with a whole CPU each, trials le
 WHEEL_PHOTOS, WHEEL_BENCHMARK = "wheels", "synthetic"  # made below the root from photos that installed packages carry
 WHEEL_OBJECTS = 8
 Wheels = Callable[[], synthetic.Material]  # makes them where they are missing
+RECORD = 2  # raised when rows get other MLflow runs: those of both kinds would lie under one parent
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_ORPHANS = 5.0
 SILENCE_MARGIN = 15.0  # seconds: a trial whose own watch works has ended itself by then
+PRETRAINING = "pretraining"  # before the reason why a row has nothing to start from
 PICTURES = 2  # objects drawn for each row and benchmark
 LAST_REPORT = "report.json"
 REPORTS = {"report.txt": "text", "report.md": "markdown", "report.html": "html", LAST_REPORT: "json"}  # in this order
@@ -103,12 +106,19 @@ class Sweep:
         while the training photos are not there yet, and must not move when they are. Needs a row that can start.
         """
         task, rows = self.tasks[0], [row for row in self.whole.rows if not row.quoted]
-        scored = set.intersection(*(set(row.run.eval_datasets) for row in rows))
-        benchmarks = zip(task.row.run.eval_datasets, task.benchmarks, strict=True)
-        shared = {dataset.digest(masks=True) for spec, dataset in benchmarks if spec in scored}
+        shared = {dataset.digest(masks=True) for dataset in self.benchmarks}
         is_shared = task.photos is not None and len({_photos_of(row, self.experiment.measure) for row in rows}) == 1
         data = [[task.photos.digest()] if task.photos is not None and is_shared else [], sorted(shared)]
-        return fingerprint({"sweep": self.name, "profile": self.profile, "rows": _plain_rows(self.whole), "data": data})
+        rows = _plain_rows(self.whole)
+        return fingerprint({"record": RECORD, "sweep": self.name, "profile": self.profile, "rows": rows, "data": data})
+
+    @property
+    def benchmarks(self) -> tuple[Dataset, ...]:
+        """Those that every row of the whole experiment is scored on. Needs a row that can start."""
+        scored = set.intersection(*(set(row.run.eval_datasets) for row in self.whole.rows if not row.quoted))
+        task = self.tasks[0]
+        specs = zip(task.row.run.eval_datasets, task.benchmarks, strict=True)
+        return tuple(dataset for spec, dataset in specs if spec in scored)
 
     @property
     def size(self) -> str:
@@ -218,7 +228,7 @@ def _task(
 
 
 def _is_twin(task: Task, whole: Experiment, resources: Resources, measured: dict[tuple[str, int], str]) -> bool:
-    """Whether an earlier row of the whole experiment is the same model under the same protocol.
+    """Whether an earlier row of the whole experiment is the same model under the same protocol on the same objects.
 
     measured: `Task.measured` by row and seed, that of `task` at least; what is found out is added, since it takes long
     where there are many photos.
@@ -227,8 +237,7 @@ def _is_twin(task: Task, whole: Experiment, resources: Resources, measured: dict
     def reads(row: Row) -> tuple[object, ...]:
         is_trained = _photos_of(row, whole.measure) is not None
         start = Row(row.name, row.pretraining) if is_trained and row.pretraining else None
-        benchmarks = () if "clicks" in whole.measure else row.run.eval_datasets
-        return _photos_of(row, whole.measure), start and _photos_of(start, whole.measure), benchmarks
+        return _photos_of(row, whole.measure), start and _photos_of(start, whole.measure), row.run.eval_datasets
 
     for row in whole.rows:
         if row.name == task.row.name:
@@ -303,11 +312,12 @@ def run_sweep(sweep: Sweep) -> Comparison:
     """Finish every row that can be finished, record all of it in MLflow, and compare.
 
     A row that fails is reported as failed with its reason; the others finish. Raises ValueError when the trials cannot
-    be placed on the cluster, KeyboardInterrupt after Ctrl-C.
+    be placed on the cluster, KeyboardInterrupt after Ctrl-C. Where not one of the rows that were missing could go on
+    because of what is not theirs, that is raised when all is recorded: FingerprintMismatch, StorageError.
     """
     resources, root = sweep.resources, sweep.root
     missing = [task for task in sweep.tasks if not task.is_done(root, resources)]
-    failures: dict[str, str] = {}
+    failed: dict[str, Failure] = {}
     # A sweep of which no row can start has nothing to record, and does not know yet under which data.
     with _parent(sweep) if sweep.tasks else contextlib.nullcontext() as parent:
         if missing:
@@ -315,60 +325,103 @@ def run_sweep(sweep: Sweep) -> Comparison:
                 failed = _finish(sweep, missing)
             # Rows of one trial fail together; one that had finished before is not lost.
             done = {_key(task) for task in missing if task.is_done(root, resources)}
-            failures |= {key: reason for key, reason in failed.items() if key not in done}
+            failed = {key: failure for key, failure in failed.items() if key not in done}
+        failures = {key: failure.reason for key, failure in failed.items()}
         _write_failures(sweep, failures)
-        for task in sweep.tasks:
+        for task, failure in _recorded(sweep, failures):
             try:
-                _record(sweep, task, failures.get(_key(task)))
+                _record(sweep, task, failure, parent)
             except Exception as error:
                 print(
-                    f"sweep: {task.name} is not in MLflow, the next run tries again: {reason_of(error)}",
+                    f"sweep: {_title(task)} is not in MLflow, the next run tries again: {reason_of(error)}",
                     file=sys.stderr,
                 )
+        if parent is not None:
+            jobs.log_benchmarks(parent, sweep.benchmarks)
         comparison, found = compare_rows(sweep)
         _record_report(sweep, comparison, found, parent)
         if parent is not None:
             _register_best(sweep, comparison, parent)
+        _raise_if_lost([failed.get(_key(task)) for task in missing])
     return comparison
 
 
-def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
-    """Shared stages here, then a trial for each training. Returns "row/seed" -> reason of those that failed."""
+@dataclass(frozen=True)
+class Failure:
+    """Why a row failed."""
+
+    reason: str  # one line
+    lost: Exception | None = (
+        None  # where it is not the row that is at fault: the store, or an artifact of other settings
+    )
+
+    def of(self, part: str) -> "Failure":
+        """The same, of a part of what a row needs."""
+        return dataclasses.replace(self, reason=f"{part}: {self.reason}")
+
+
+def _failure(error: BaseException) -> Failure:
+    lost, cause = None, error
+    while True:
+        lost = cause if isinstance(cause, FingerprintMismatch | StorageError) else lost
+        inner = _inner(cause)
+        if inner is None:
+            return Failure(reason_of(error), lost)
+        cause = inner
+
+
+def _raise_if_lost(failed: Sequence[Failure | None]) -> None:
+    """failed: of all rows that were to be finished."""
+    causes = [failure.lost for failure in failed if failure is not None and failure.lost is not None]
+    if causes and len(causes) == len(failed):
+        raise causes[0]
+
+
+def _finish(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, Failure]:
+    """Shared stages here, then a trial for each training. Returns "row/seed" -> why, of those that failed.
+
+    Raises ConnectionError when our Ray is gone.
+    """
     train.trials_at_once(sweep.resources)  # refused before anything runs
     failures = _faults(sweep, tasks)
-    shared: dict[str, str] = {}  # fingerprint -> why it failed
+    shared: dict[str, Failure | None] = {}  # fingerprint -> why it failed
     for task in tasks:
         if _key(task) in failures:
             continue
         for stage in _shared(task, sweep.root, sweep.resources):
             if stage.fingerprint not in shared:
                 shared[stage.fingerprint] = _attempt(stage, sweep.root, sweep.resources.trial_silence)
-            if shared[stage.fingerprint]:
-                failures[_key(task)] = f"{stage.name}: {shared[stage.fingerprint]}"
+            if (failure := shared[stage.fingerprint]) is not None:
+                failures[_key(task)] = failure.of(stage.name)
     able = [task for task in tasks if _key(task) not in failures and task.is_trained]
     failures |= _pretrain(sweep, [task for task in able if task.row.pretraining is not None])
     able = [task for task in able if _key(task) not in failures]
     return failures | _fan_out(sweep, _by_training(able, sweep.resources))
 
 
-def _faults(sweep: Sweep, tasks: Iterable[Task]) -> dict[str, str]:
+def _faults(sweep: Sweep, tasks: Iterable[Task]) -> dict[str, Failure]:
     """ "row/seed" -> why it would fail hours later: settings and weights."""
-    faults: dict[str, str] = {}
+    faults: dict[str, Failure] = {}
     for task in tasks:
         if task.is_trained:
             try:
                 check_missing(task.training(sweep.resources), sweep.root)
             except ValueError as error:
-                faults[_key(task)] = reason_of(error)
+                faults[_key(task)] = Failure(reason_of(error))
     return faults
 
 
-def _pretrain(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, str]:
+def _pretrain(sweep: Sweep, tasks: Sequence[Task]) -> dict[str, Failure]:
     """What rows start from is trained before them, once. Returns "row/seed" -> why a row has nothing to start from."""
-    groups = _by_training(map(_as_pretraining, tasks), sweep.resources)
+    groups = _pretrainings(tasks, sweep.resources)
     failed = _fan_out(sweep, [group for group in groups if not group[0].training(sweep.resources).is_done(sweep.root)])
     before = {_key(task): _key(_as_pretraining(task)) for task in tasks}
-    return {key: f"pretraining: {failed[needed]}" for key, needed in before.items() if needed in failed}
+    return {key: failed[needed].of(PRETRAINING) for key, needed in before.items() if needed in failed}
+
+
+def _pretrainings(tasks: Iterable[Task], resources: Resources) -> list[list[Task]]:
+    """What these rows start from, each training once, as the tasks of all rows that start from it."""
+    return _by_training((_as_pretraining(task) for task in tasks if task.row.pretraining is not None), resources)
 
 
 def _key(task: Task) -> str:
@@ -383,20 +436,29 @@ def _shared(task: Task, root: Storage, resources: Resources) -> list[Stage]:
     return stages + (task.clicks(root, resources) if "clicks" in task.measure else [])
 
 
-def _attempt(stage: Stage, root: Storage, silence: float) -> str:
-    """Finish a stage, unless it hangs: gives no sign of life for `silence` seconds. Why it failed, or nothing."""
+def _attempt(stage: Stage, root: Storage, silence: float) -> Failure | None:
+    """Finish a stage, unless it hangs: gives no sign of life for `silence` seconds. Why it failed, or None.
+
+    Raises ConnectionError when it failed because our Ray is gone: then nothing else can be done either.
+    """
     try:
         ensure_watched(stage, root, "computation" if stage.name in pipeline.TARGETS else "evaluation", silence)
     except Exception as error:
-        return reason_of(error)
-    return ""
+        _check_cluster()
+        return _failure(error)
+    return None
+
+
+def _check_cluster() -> None:
+    if cluster.is_lost():
+        raise ConnectionError("Ray has ended under this command; the same command goes on from what is finished")
 
 
 def _as_pretraining(task: Task) -> Task:
     """The training that a row starts from, as a task that nobody scores."""
     assert task.row.pretraining is not None
     row = Row(f"pretraining of {task.row.name}", task.row.pretraining)
-    return Task(row, task.seed, task.pretraining_photos, (), ("clicks",))
+    return Task(row, task.seed, task.pretraining_photos, (), ("clicks",), is_pretraining=True)
 
 
 def _by_training(tasks: Iterable[Task], resources: Resources) -> list[list[Task]]:
@@ -407,8 +469,8 @@ def _by_training(tasks: Iterable[Task], resources: Resources) -> list[list[Task]
     return list(groups.values())
 
 
-def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]], tries: int = TRIES) -> dict[str, str]:
-    """A trial for each group of tasks, up to `tries` while its process is lost. Returns "row/seed" -> reason of those
+def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]], tries: int = TRIES) -> dict[str, Failure]:
+    """A trial for each group of tasks, up to `tries` while its process is lost. Returns "row/seed" -> why, of those
     that failed.
     """
     if not groups:
@@ -443,16 +505,17 @@ def _fan_out(sweep: Sweep, groups: Sequence[Sequence[Task]], tries: int = TRIES)
             recorder.close()
             _stop_trials(bell, train.seconds_to_stop(cause))
             raise
-    failures: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     lost: list[Sequence[Task]] = []
     for result in results:
         if result.error is not None:
+            _check_cluster()
             group = result.config["group"]
             if tries > 1 and group not in ended and _is_loss(result.error):
                 lost.append(groups[group])
             else:
-                reason = ended.get(group) or reason_of(result.error)
-                failures |= {_key(task): reason for task in groups[group]}
+                failure = Failure(ended[group]) if group in ended else _failure(result.error)
+                failures |= {_key(task): failure for task in groups[group]}
     if lost:
         names = ", ".join(group[0].name for group in lost)
         print(f"sweep: the process of {names} is gone, perhaps with its node; once more", file=sys.stderr, flush=True)
@@ -516,11 +579,16 @@ def _stop_trials(bell: Any, seconds: float) -> None:
 def reason_of(error: BaseException) -> str:
     """One line for people: the innermost cause, without Ray's tracebacks around it."""
     cause: BaseException = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
+    while (inner := _inner(cause)) is not None:
         cause = inner
     lines = [line.strip() for line in str(cause).strip().splitlines() if line.strip()]
     text = lines[-1] if lines and lines[0].startswith("ray::") else (lines[0] if lines else "")
     return text if isinstance(cause, ValueError) else f"{type(cause).__name__}: {text}".rstrip(": ")
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    inner: BaseException | None = getattr(error, "cause", None) or error.__cause__
+    return inner if inner is not error else None
 
 
 # -- the record ------------------------------------------------------------------------------------------------------
@@ -612,38 +680,93 @@ def _parent(sweep: Sweep) -> tracking.Tracker:
 
 
 def _child(sweep: Sweep, task: Task, wait: bool = True, computes: bool = True) -> tracking.Tracker:
-    """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it."""
-    about = (sweep.root, sweep.name, task.name, task.model(sweep.resources), task.run, sweep.resources, sweep.parent)
-    return jobs.record(*about, wait=wait, identity=task.fingerprint(sweep.resources), computes=computes)
+    """The MLflow run of a row: that of its model under its protocol, as `jobs` opens it; or that of a pretraining."""
+    start = task.pretraining(sweep.resources)
+    settings = jobs.started(task.run, start.fingerprint if start else None)
+    about = (sweep.root, sweep.name, _title(task), task.model(sweep.resources), task.run, sweep.resources, sweep.parent)
+    identity = task.fingerprint(sweep.resources)
+    tracker = jobs.record(*about, wait=wait, settings=settings, identity=identity, computes=computes)
+    tracker.set_tags(_tags(sweep, task))
+    return tracker
 
 
-def _record(sweep: Sweep, task: Task, failure: str | None) -> None:
-    """Everything about a row in MLflow: why it failed, or curves, scores, pictures and the paper's numbers."""
-    about = {"mis.row": task.row.name, "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
+def _title(task: Task) -> str:
+    """What its MLflow run is called. Several rows may start from one pretraining, so it has the name of none."""
+    if not task.is_pretraining:
+        return task.name
+    return _row(task) if task.seed == 0 else f"{_row(task)} seed {task.seed}"
+
+
+def _row(task: Task) -> str:
+    return f"pretraining {jobs.title(task.row.run)}" if task.is_pretraining else task.row.name
+
+
+def _tags(sweep: Sweep, task: Task) -> dict[str, str]:
+    """What a person looks for a row by; of a pretraining also which rows of the experiment start from it."""
+    tags = {"mis.row": _row(task), "mis.profile": sweep.profile, "mis.seed": str(task.seed)}
+    if not task.is_pretraining:
+        return tags
+    rows = [row.name for row in sweep.whole.rows if row.pretraining and _absolute(row.pretraining) == task.row.run]
+    return tags | {"mis.start_of": ", ".join(rows)}
+
+
+def _is_recorded(sweep: Sweep, what: str, parent: tracking.Tracker | None) -> bool:
+    """Whether this is in the store already, below this very parent: a store that was emptied has made another one.
+
+    As long as the store does not answer, what it once got counts.
+    """
+    try:
+        below = sweep.directory.read_bytes(_mark(sweep, what)).decode(errors="replace")
+    except FileNotFoundError:
+        return False
+    return parent is None or parent.run_id in (None, below)
+
+
+def _set_recorded(sweep: Sweep, what: str, parent: tracking.Tracker | None) -> None:
+    """To be called when everything has been said; what waits for the store meanwhile is safe on disk."""
+    run_id = parent.run_id if parent is not None else None  # None: the next run says it again, which adds nothing
+    sweep.directory.write_bytes(_mark(sweep, what), (run_id or "").encode())
+
+
+def _mark(sweep: Sweep, what: str) -> str:
+    return f"recorded/{fingerprint({'store': tracking.tracking_uri(sweep.root), 'what': what})}"
+
+
+def _recorded(sweep: Sweep, failures: Mapping[str, str]) -> Iterator[tuple[Task, str | None]]:
+    """What has a run of its own: the pretrainings, then the rows; each with why it failed."""
+    before = {_key(_as_pretraining(task)): _key(task) for task in sweep.tasks if task.row.pretraining is not None}
+    for group in _pretrainings(sweep.tasks, sweep.resources):
+        reasons = [failures.get(before[_key(task)], "") for task in group]
+        found = (reason.partition(": ") for reason in reasons if reason.startswith(f"{PRETRAINING}: "))
+        yield group[0], next((reason for _, _, reason in found), None)
+    yield from ((task, failures.get(_key(task))) for task in sweep.tasks)
+
+
+def _record(sweep: Sweep, task: Task, failure: str | None, parent: tracking.Tracker | None) -> None:
+    """Everything about a row or a pretraining in MLflow: why it failed, or curves, scores, pictures and the paper's
+    numbers."""
     if failure is not None:
         tracker = _scores_run(sweep, task)
-        tracker.set_tags({**about, tracking.ERROR: failure[:500]})
+        tracker.set_tags({tracking.ERROR: failure[:500]})
         tracker.close("FAILED")
         return
     identity = task.fingerprint(sweep.resources)
-    store = fingerprint({"store": tracking.tracking_uri(sweep.root), "task": identity})
-    marker = f"recorded/{store}"
-    if not task.is_done(sweep.root, sweep.resources) or sweep.directory.exists(marker):
+    if not task.is_done(sweep.root, sweep.resources) or _is_recorded(sweep, identity, parent):
         return
     run, resources, root, above = task.run, sweep.resources, sweep.root, (sweep.parent, identity)
     if task.photos is not None:
         start = task.pretraining(resources)
-        model = jobs.train(task.photos, run, resources, root, sweep.name, start, task.name, *above)
-        jobs.evaluate(task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, *above)
+        model = jobs.train(task.photos, run, resources, root, sweep.name, start, _title(task), *above)
+        if not task.is_pretraining:
+            jobs.evaluate(task.benchmarks, model, run, resources, root, sweep.name, task.name, PICTURES, *above)
     elif "clicks" in task.measure:
         jobs.evaluate_method(task.benchmarks, run, resources, root, sweep.name, task.name, PICTURES, *above)
     with _scores_run(sweep, task) as tracker:
-        tracker.set_tags(about)
         if "clicks" not in task.measure:  # else the evaluation has said so
             jobs.log_benchmarks(tracker, task.benchmarks)
         tracker.log_metrics({f"paper/{name}": value for name, value in task.row.paper.items()})
         tracker.log_metrics(_overlap_metrics(sweep, task))
-    sweep.directory.write_bytes(marker, b"")
+    _set_recorded(sweep, identity, parent)
 
 
 def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
@@ -656,6 +779,7 @@ def _scores_run(sweep: Sweep, task: Task) -> tracking.Tracker:
         name=task.name,
         fingerprint=task.fingerprint(sweep.resources),
         params=flatten(task.run) | flatten(sweep.resources, "resources."),
+        tags=_tags(sweep, task),
         parent=sweep.parent,
         computes=False,
     )
@@ -675,7 +799,10 @@ def _record_report(
 ) -> None:  # fmt: skip
     """The report and its figures, as files in the sweep's directory and as artifacts of the parent run, if any."""
     texts = {name: render(comparison, kind) for name, kind in REPORTS.items()}
-    if sweep.directory.exists(LAST_REPORT) and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]:
+    what = fingerprint({"report": texts[LAST_REPORT]})
+    is_old = sweep.directory.exists(LAST_REPORT)
+    is_old = is_old and sweep.directory.read_bytes(LAST_REPORT).decode() == texts[LAST_REPORT]
+    if is_old and (parent is None or _is_recorded(sweep, what, parent)):
         return  # nothing is new: a second run draws nothing again
     try:
         for name, figure in draw(sweep, comparison, found).items():
@@ -688,14 +815,22 @@ def _record_report(
         if parent is not None:
             parent.log_text(text, name)
         sweep.directory.write_bytes(name, text.encode())
+    if parent is not None:
+        _set_recorded(sweep, what, parent)
 
 
 def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracker) -> None:
-    """The best trained row of a whole experiment becomes a version of a registered model; part of one has no best."""
-    if sweep.experiment.rows != sweep.whole.rows:
+    """The best trained row of an experiment becomes the champion among the versions of a registered model.
+
+    Of one that is whole: among rows of which some are left out, failed, or cannot start yet, nobody knows the best.
+    """
+    is_done = all(task.is_done(sweep.root, sweep.resources) for task in sweep.tasks)
+    if sweep.experiment.rows != sweep.whole.rows or sweep.refused or not is_done:
         return
-    done = {task.row.name: task for task in reversed(sweep.tasks) if task.is_done(sweep.root, sweep.resources)}
-    best = best_row(comparison, [name for name, task in done.items() if task.is_trained])
+    done = {task.row.name: task for task in reversed(sweep.tasks)}  # of several seeds the first
+    best = best_row(
+        comparison, [row.name for row in sweep.whole.rows if row.name in done and done[row.name].is_trained]
+    )
     if best is not None:
         _register(sweep, done[best], parent)
 
@@ -759,7 +894,10 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
             if task is None:
                 found.append(Outcome(row, seed, "refused", sweep.refused[row.name, seed], {}, {}, {}))
             elif task.is_done(sweep.root, sweep.resources):
-                found.append(_outcome(sweep, task))
+                try:
+                    found.append(_outcome(sweep, task))
+                except FingerprintMismatch as error:  # put there by hand: another row's scores, perhaps
+                    found.append(Outcome(row, seed, "failed", str(error), {}, {}, {}))
             else:
                 found.append(Outcome(row, seed, "failed" if reason else "missing", reason, {}, {}, {}))
     return found
@@ -770,11 +908,13 @@ def _outcome(sweep: Sweep, task: Task) -> Outcome:
     if "clicks" in task.measure:
         for dataset, stage in zip(task.benchmarks, task.clicks(sweep.root, sweep.resources), strict=True):
             directory = stage.directory(sweep.root)
-            protocol = read_manifest(directory)["summary"]["protocol"]
+            check_identity(stage, manifest := read_manifest(directory))
+            protocol = manifest["summary"]["protocol"]
             ious[dataset.name] = iou_table(report.read_table(directory), protocol["max_clicks"])
             protocols[dataset.name] = protocol
     if "overlap" in task.measure:
         for dataset, stage in zip(task.benchmarks, task.overlaps(sweep.resources), strict=True):
+            check_identity(stage, read_manifest(stage.directory(sweep.root)))
             overlaps[dataset.name] = report.read_overlaps(stage.directory(sweep.root))
     return Outcome(task.row, task.seed, "done", "", ious, overlaps, protocols)
 
@@ -793,7 +933,7 @@ def about(sweep: Sweep) -> dict[str, Any]:
     made = {stage.fingerprint: stage for task in sweep.tasks for stage in _made(sweep, task)}
     found = [read_manifest(stage.directory(sweep.root))["information"] for stage in made.values()]
     computed = {
-        "commits": ", ".join(sorted({each.get("git_commit") or "unknown" for each in found})),
+        "commits": ", ".join(sorted({code for each in found for code in code_of(each)})),
         "machines": "; ".join(sorted({each.get("machine") or "unknown" for each in found})),
         "seconds": round(sum(float(each["seconds"]) for each in found), 1),
     }
@@ -802,16 +942,27 @@ def about(sweep: Sweep) -> dict[str, Any]:
 
 def _made(sweep: Sweep, task: Task) -> list[Stage]:
     """The finished stages of a row, shared ones too."""
+    return [stage for stage in _needed(sweep, task) if stage.is_done(sweep.root)]
+
+
+def _needed(sweep: Sweep, task: Task) -> list[Stage]:
+    """All stages of a row, shared ones too; without its clicks as long as it is not trained, which cannot be named."""
     stages: list[Stage] = []
     if "overlap" in task.measure:
         stages += [needed for stage in task.overlaps(sweep.resources) for needed in walk(stage)]
     if task.is_trained:
         stages += walk(training := task.training(sweep.resources))
         if not training.is_done(sweep.root):
-            return [stage for stage in stages if stage.is_done(sweep.root)]
+            return stages
     if "clicks" in task.measure:
         stages += task.clicks(sweep.root, sweep.resources)
-    return [stage for stage in stages if stage.is_done(sweep.root)]
+    return stages
+
+
+def check_same_code(sweep: Sweep) -> None:
+    """Refuse a sweep of which other code has made or begun something. Raises FingerprintMismatch that names both."""
+    stages = {stage.fingerprint: stage for task in sweep.tasks for stage in _needed(sweep, task)}
+    check_code(stages.values(), sweep.root)
 
 
 def draw(sweep: Sweep, comparison: Comparison, found: Sequence[Outcome]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 One experiment record a fingerprint: opening a run again, after a crash or for another benchmark, continues the same
 MLflow run, and every (metric, step) is there once. Only the driver process writes. The store is SQLite in the root,
 or whatever MLFLOW_TRACKING_URI names. A thread talks to it, so that a server that is slow or down holds up nothing:
-what it misses is kept on disk and sent when it answers again. A run that is open has a locked folder on that shelf; a
-folder that is not locked was left by a process that died, and the next one to open a run ends the dead one's.
+what it misses is kept on disk and sent when it answers again, to that very store and to no other. A run that is open
+has a locked folder on that shelf; a folder that is not locked was left by a process that died, and the next one to open
+a run in the same store ends the dead one's.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 # Before the import, which reads them: no usage reports, no chatter, and no silent retries: after a lost answer MLflow
 # itself would log the same points again.
@@ -57,9 +59,11 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 FINGERPRINT, MODEL, ERROR = "mis.fingerprint", "mis.model", "mis.error"
 COMMIT = "mlflow.source.git.commit"  # of the code that began the run
+CODE_CHANGED = "mis.code_changed"  # the commits that have computed a run, where they are several
 LATEST = "latest."  # what differs since: of a parameter, or of the commit that opened the run again
 PARENT = "mlflow.parentRunId"  # the UI shows runs with this tag below their parent
 ATTEMPT, OPENED = "mis.attempt", "mis.opened"  # how often the run was opened, and when last (milliseconds)
+CHAMPION = "champion"  # alias of the best version of a registered model
 DIGEST = "mis.sha256"  # of a registered model's weights
 MODEL_FILES = ("model.safetensors", "config.json")
 SECONDS_BETWEEN_FLUSHES = 5.0
@@ -74,9 +78,15 @@ PASSING = {
     *("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"),
     *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"),
 }
+DATABASE = "mlflow.db"  # in the root
 PROBED = "mis"  # the experiment of `mis train`
 LOCK, EVENTS = ".lock", "events.jsonl"
+THINNED = "mis.thinned"  # what a store has not got of the curves, because it was away for too long
+# Of a run that waits: its pictures and texts may take a quarter, and so may its points, once they have taken two fifths
+# and are thinned; while the new file is written, the old one is there too.
+SPOOL_BYTES = 100_000_000
 
+Point = list[Any]  # name, value, step, milliseconds
 Event = dict[str, Any]  # one thing to tell MLflow, as JSON values: see `_Sender`
 
 logger = logging.getLogger(__name__)
@@ -95,7 +105,7 @@ def tracking_uri(root: Storage) -> str:
             f"MLflow cannot keep its SQLite file on {root}; set MLFLOW_TRACKING_URI to your MLflow server, "
             "or to sqlite:////absolute/path/mlflow.db"
         )
-    return f"sqlite:///{root.local / 'mlflow.db'}"
+    return f"sqlite:///{root.local / DATABASE}"
 
 
 def connect(root: Storage) -> MlflowClient:
@@ -156,6 +166,58 @@ def _check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(f"--port {port}: {(error.strerror or str(error)).lower()}; choose another one") from None
+
+
+def waiting(root: Storage) -> dict[str, int]:
+    """What the root keeps for other MLflow stores than the present one: address without secrets -> number of runs.
+
+    Nobody sends that until a command on this root has that store again.
+    """
+    shelf, prefix = _shelf(root), _prefix(root, tracking_uri(root))
+    stores: dict[str, int] = {}
+    for directory in sorted(shelf.glob("[!.]*")):
+        if directory.name.startswith(prefix) or (lock := _lock_of_dead(directory)) is None:
+            continue
+        os.close(lock)
+        events = _read_events(directory / EVENTS)
+        store = str(events[0]["open"].get("store", "unknown")) if events else "unknown"
+        stores[store] = stores.get(store, 0) + 1
+    return stores
+
+
+def _shelf(root: Storage) -> Path:
+    """The folder with a folder for each run that is open, or waits."""
+    return (root.local or Path.home() / ".cache" / "mis_platform") / "mlflow-spool"
+
+
+def _prefix(root: Storage, uri: str) -> str:
+    """Of the folders on the shelf that are for this store.
+
+    Without user, password and options: another login is the same store, and a hash of a password is a clue to it. The
+    root's own store is that wherever the root is moved.
+    """
+    file, own = _sqlite_file(uri), root.local and os.path.abspath(root.local / DATABASE)
+    if file is None:
+        parts = urlsplit(uri)
+        place = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+        address = f"{parts.scheme}://{place}{parts.path.rstrip('/')}"
+    elif (address := os.path.abspath(file)) == own:
+        return "own-"
+    return f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-"
+
+
+def _tell_waiting(root: Storage) -> None:
+    """Once a process and store."""
+    shelf = _shelf(root)
+    if (place := (shelf, _prefix(root, tracking_uri(root)))) in _told:
+        return
+    _told.add(place)
+    with contextlib.suppress(OSError):
+        for store, runs in waiting(root).items():
+            logger.warning("%s keeps %d run(s) for another MLflow store until it is used again: %s", shelf, runs, store)
+
+
+_told: set[tuple[Path, str]] = set()
 
 
 def find_model(root: Storage, text: str) -> Storage:
@@ -242,12 +304,14 @@ def open_run(
     that its duration remains that of the work, and is not counted up to a report weeks later.
     Raises ValueError when the store refuses (unknown kind, no access); when it does not answer, the run starts without.
     """
-    outbox = _outbox(root)
-    shelf = (root.local or Path.home() / ".cache" / "mis_platform") / "mlflow-spool"
+    outbox, shelf = _outbox(root), _shelf(root)
+    uri = tracking_uri(root)
+    prefix = _prefix(root, uri)
     about = {FINGERPRINT: fingerprint, "mlflow.source.name": "mis", **(tags or {})}
     if (commit := git_commit()) is not None:
         about[COMMIT] = commit
     opening = {
+        "store": scrub(uri),  # for people: who it is for
         "experiment": experiment,
         "name": name,
         "fingerprint": fingerprint,
@@ -257,9 +321,10 @@ def open_run(
         "parent": parent,
         "computes": computes,
     }
-    for orphan in _orphans(shelf, outbox):
+    _tell_waiting(root)
+    for orphan in _orphans(shelf, prefix, outbox):
         orphan.post()
-    tracker = Tracker(outbox, _Spool(shelf), opening)
+    tracker = Tracker(outbox, _Spool(shelf, prefix), opening)
     tracker.start(wait)
     return tracker
 
@@ -272,15 +337,16 @@ class Tracker:
     """
 
     def __init__(self, outbox: "_Outbox", spool: "_Spool", opening: Event) -> None:
-        self.run = str(opening["fingerprint"])
+        self.run, self._name = str(opening["fingerprint"]), str(opening["name"])
         self._outbox, self._spool = outbox, spool
         self._sender = outbox.sender()
         self._opening: Event = {"open": opening}
         self._unsent: deque[_Letter] = deque()
         self._unsaved: list[Event] = []  # those of `_unsent` that are in memory only
-        self._metrics: list[list[Any]] = []  # name, value, step, milliseconds
+        self._metrics: list[Point] = []
+        self._thinning = _Thinning()
         self._flushed = time.monotonic()
-        self._is_closed = False
+        self._is_closed = self._is_refused = self._is_full = False
         self._guard = threading.RLock()
 
     @property
@@ -304,7 +370,8 @@ class Tracker:
         """Scalars at a training step. A (name, step) that is in the store already keeps its first value."""
         now = int(time.time() * 1000)
         with self._guard:
-            self._metrics += [[name, float(value), int(step), now] for name, value in values.items()]
+            points = [[name, float(value), int(step), now] for name, value in values.items()]
+            self._metrics += filter(self._thinning.keeps, points)
             if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
                 self._post_metrics()
 
@@ -317,13 +384,20 @@ class Tracker:
         """A drawing as an artifact; path: its name there, e.g. "figures/merge_levels.png"."""
         with self._guard:
             figure.savefig(self._spool.new_file(path))
-            self._add({"artifact": path})
+            self._add_file(path)
 
     def log_text(self, text: str, path: str) -> None:
         """A text artifact, e.g. "tables/noc.md"."""
         with self._guard:
             self._spool.new_file(path).write_text(scrub(text), encoding="utf8")
+            self._add_file(path)
+
+    def _add_file(self, path: str) -> None:
+        if self._spool.file_bytes() <= SPOOL_BYTES // 4:
             self._add({"artifact": path})
+        else:
+            self._spool.new_file(path).unlink()
+            logger.warning("MLflow does not get %s of %s: too much waits for it already", path, self._name)
 
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """What was read: the digest of its content, where it lies, and what for ("training", "evaluation")."""
@@ -338,7 +412,7 @@ class Tracker:
         self.set_tags({MODEL: directory.uri})
 
     def register_model(self, directory: Storage, name: str, size: tuple[int, int], licence: str) -> None:
-        """Put a saved model into the model registry, once for each content.
+        """Put a saved model into the model registry, once for each content; the alias "champion" moves to it.
 
         directory: local, with model.safetensors and config.json. name: of the registered model, which gets a version.
         size: (height, width) in pixels of its input, for the signature. licence: what a user has to know.
@@ -359,6 +433,7 @@ class Tracker:
         """status: FINISHED, FAILED or KILLED. wait: until the store has everything, or is away; what it has not got
         then is sent by the next process. False leaves it to the thread as long as this process lives."""
         with self._guard:
+            self._metrics += self._thinning.ends()
             self._post_metrics()
             self._is_closed = True
             last = self._post({"status": status, "at": int(time.time() * 1000)})
@@ -418,6 +493,27 @@ class Tracker:
             if self._unsaved:
                 self._spool.save(self._unsaved)
                 self._unsaved = []
+            if self._spool.bytes > SPOOL_BYTES * 2 // 5 and not self._is_refused:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop what was sent meanwhile; if that is not enough, every second of the points that wait, and say so."""
+        before = self._thinning.every
+        while len("".join(map(_line, self._waiting()))) > SPOOL_BYTES // 4:
+            new = {"metrics": self._metrics}
+            if not self._thinning.halve([*(each.event for each in self._unsent if "metrics" in each.event), new]):
+                break  # all that is left are single numbers
+            self._metrics = new["metrics"]
+        if self._thinning.every > before:
+            text = f"one in {self._thinning.every} points of what was measured while the store was away"
+            logger.warning("MLflow is away for too long: of %s it gets only %s", self._name, text)
+            self._post({"tags": {THINNED: text}})
+        self._spool.replace(self._waiting())
+        self._unsaved = []
+
+    def _waiting(self) -> list[Event]:
+        events = (letter.event for letter in self._unsent if letter.event is not self._opening)
+        return [self._opening, *(event for event in events if event.get("metrics") != [])]
 
     def delivered(self, letter: "_Letter") -> None:
         """The first unsent letter has been taken, or was refused for good."""
@@ -425,6 +521,9 @@ class Tracker:
             assert self._unsent[0] is letter, "letters are delivered in order"
             self._unsent.popleft()
             if self._sender.run_id is None:  # the store refuses the run: kept for the next process, which asks again
+                self._is_refused = True
+                if self._spool.bytes > SPOOL_BYTES // 4:
+                    self._leave_out_metrics()
                 self.save()
                 if "status" in letter.event:
                     self._spool.release()
@@ -432,7 +531,16 @@ class Tracker:
             if self._unsaved and self._unsaved[0] is letter.event:
                 self._unsaved.pop(0)
             if not self._unsent:
+                self._thinning.stop()
                 self._spool.remove() if self._is_closed else self._spool.clear(self._opening)
+
+    def _leave_out_metrics(self) -> None:
+        """Of a run that the store refuses, when enough of it is kept."""
+        rest = [event for event in self._unsaved if "metrics" not in event]
+        if len(rest) < len(self._unsaved) and not self._is_full:
+            self._is_full = True
+            logger.warning("MLflow refuses %s, and enough of it is kept: further points are left out", self._name)
+        self._unsaved = rest
 
     def give_up(self) -> bool:
         """Leave what is unsent to the next process, if the run has ended; whether it has."""
@@ -441,6 +549,57 @@ class Tracker:
                 self.save()
                 self._spool.release()
             return self._is_closed
+
+
+class _Thinning:
+    """Which points of a run are kept while it waits for its store: of each curve every `every`-th, and its end."""
+
+    def __init__(self) -> None:
+        self.every = 1
+        self._places: dict[str, int] = {}  # of the next point in its curve, from the first that waits on
+        self._ends: dict[str, Point] = {}  # the newest point of a curve, unless it was kept
+
+    def keeps(self, point: Point) -> bool:
+        """Whether this next point of its curve is kept."""
+        if self.every == 1:
+            return True
+        name = point[0]
+        place = self._places[name] = self._places.get(name, -1) + 1
+        is_kept = place % self.every == 0
+        if is_kept:
+            self._ends.pop(name, None)
+        else:
+            self._ends[name] = point
+        return is_kept
+
+    def halve(self, curves: Sequence[Event]) -> bool:
+        """Keep every second of the points in these events, in their order; whether there was one to drop."""
+        seen: dict[str, int] = {}
+        newest: dict[str, Point] = {}
+        for event in curves:
+            points, event["metrics"] = event["metrics"], []  # a new list: the old one may be on its way
+            for point in points:
+                name = point[0]
+                newest[name], seen[name] = point, seen.get(name, -1) + 1
+                if seen[name] % 2 == 0:
+                    event["metrics"].append(point)
+        if not any(seen.values()):
+            return False
+        for name, place in seen.items():
+            if place % 2:
+                self._ends.setdefault(name, newest[name])  # one that is there is newer
+            self._places[name] = place * self.every + self._places.get(name, 0) % self.every
+        self.every *= 2
+        return True
+
+    def ends(self) -> list[Point]:
+        """The newest points that were not kept, which belong to the curves all the same."""
+        ends, self._ends = list(self._ends.values()), {}
+        return ends
+
+    def stop(self) -> None:
+        """The store has everything that waited."""
+        self.every, self._places = 1, {}
 
 
 # -- sending ---------------------------------------------------------------------------------------------------------
@@ -701,6 +860,9 @@ class _Sender:
         changed = {key: value for key, value in opening["params"].items() if before.get(key, value) != value}
         tags = {**opening["tags"], **{LATEST + key: value for key, value in changed.items()}}
         first = run.data.tags.get(COMMIT, tags.get(COMMIT))
+        worked = run.data.tags.get(CODE_CHANGED, str(first)).split(", ")
+        if opening.get("computes", True) and worked[-1] != tags.get(COMMIT, worked[-1]):
+            tags[CODE_CHANGED] = ", ".join([*worked, tags[COMMIT]])
         if COMMIT in tags and (tags[COMMIT] != first or LATEST + COMMIT in run.data.tags):
             tags |= {COMMIT: first, LATEST + COMMIT: tags[COMMIT]}
         tags[OPENED] = str(opening["opened"])
@@ -748,8 +910,14 @@ class _Sender:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         with contextlib.suppress(MlflowException):  # it is there already
             self._client.create_registered_model(name)
-        if any(each.tags.get(DIGEST) == digest for each in self._client.search_model_versions(f"name = '{name}'")):
-            return
+        known = self._client.search_model_versions(f"name = '{name}'")
+        version = next((each.version for each in known if each.tags.get(DIGEST) == digest), None)
+        if version is None:
+            version = self._upload(run_id, name, directory, size, {DIGEST: digest, "licence": licence})
+        self._client.set_registered_model_alias(name, CHAMPION, version)
+
+    def _upload(self, run_id: str, name: str, directory: str, size: list[int], tags: dict[str, str]) -> str:
+        """A new version of a registered model. Returns its number."""
         with tempfile.TemporaryDirectory() as folder:
             for file in MODEL_FILES:
                 shutil.copy(Path(directory) / file, folder)
@@ -758,8 +926,7 @@ class _Sender:
             about.save(str(Path(folder) / "MLmodel"))
             self._client.log_artifacts(run_id, folder, "model")
         source = f"{self._client.get_run(run_id).info.artifact_uri}/model"
-        tags = {DIGEST: digest, "licence": licence}
-        self._client.create_model_version(name, source, run_id, tags=tags)
+        return str(self._client.create_model_version(name, source, run_id, tags=tags).version)
 
 
 def _signature(height: int, width: int) -> ModelSignature:
@@ -779,8 +946,9 @@ class _Spool:
     It is locked as long as its process lives; an unlocked one is an orphan, which the next `open_run` sends.
     """
 
-    def __init__(self, shelf: Path) -> None:
-        self.directory = shelf / f"{time.time_ns()}-{uuid.uuid4().hex}"  # sorted: in the order they were opened
+    def __init__(self, shelf: Path, prefix: str) -> None:
+        name = f"{prefix}{time.time_ns()}-{uuid.uuid4().hex}"  # sorted: in the order they were opened
+        self.directory = shelf / name
         self.files = self.directory / "files"
         self._events = self._bytes = 0  # in the file
         self._lock: int | None = None  # file descriptor
@@ -806,10 +974,27 @@ class _Spool:
     def clear(self, opening: Event) -> None:
         """Everything has been sent; that the run is open stays."""
         if self._events > 1:
-            file, temporary = self.directory / EVENTS, self.directory / f"{TEMPORARY}{EVENTS}"
-            temporary.write_bytes(line := _line(opening).encode())
-            os.replace(temporary, file)
-            self._events, self._bytes = 1, len(line)
+            self.replace([opening])
+
+    def replace(self, events: Sequence[Event]) -> None:
+        """Keep these instead of those that were added."""
+        file, temporary = self.directory / EVENTS, self.directory / f"{TEMPORARY}{EVENTS}"
+        temporary.write_bytes(lines := "".join(map(_line, events)).encode())
+        os.replace(temporary, file)
+        self._events, self._bytes = len(events), len(lines)
+
+    @property
+    def bytes(self) -> int:
+        """Of the events."""
+        return self._bytes
+
+    def file_bytes(self) -> int:
+        """Of the artifacts that wait."""
+        total = 0
+        for file in self.files.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # sent meanwhile
+                total += file.stat().st_size if file.is_file() else 0
+        return total
 
     def release(self) -> None:
         """Leave it to the next process."""
@@ -838,7 +1023,7 @@ class _Orphan:
         self._sender = outbox.sender()
         events = _read_events(directory / EVENTS)
         self.run = str(events[0]["open"]["fingerprint"]) if events else ""
-        if events and "status" not in events[-1]:
+        if events and not any("status" in event for event in events):
             events.append({"status": "KILLED"})
         self._letters = deque(_Letter(self, event) for event in events)
 
@@ -877,17 +1062,24 @@ class _Orphan:
         self.give_up()
 
 
-def _orphans(shelf: Path, outbox: _Outbox) -> Iterator[_Orphan]:
-    """The folders on the shelf whose process is gone, locked now by this one."""
-    for directory in sorted(shelf.glob("[!.]*")):
-        with contextlib.suppress(OSError):
-            lock = os.open(directory / LOCK, os.O_RDWR)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
-            except OSError:
-                os.close(lock)
-                continue
-            yield _Orphan(directory, lock, outbox)
+def _orphans(shelf: Path, prefix: str, outbox: _Outbox) -> Iterator[_Orphan]:
+    """The folders on the shelf for one store whose process is gone, locked now by this one."""
+    for directory in sorted(shelf.glob(f"{prefix}*")):
+        if (lock := _lock_of_dead(directory)) is not None:
+            with contextlib.suppress(OSError):
+                yield _Orphan(directory, lock, outbox)
+
+
+def _lock_of_dead(directory: Path) -> int | None:
+    """The lock of a run's folder, ours now; None if its process lives or the folder is gone."""
+    with contextlib.suppress(OSError):
+        lock = os.open(directory / LOCK, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
+            return lock
+        except OSError:
+            os.close(lock)
+    return None
 
 
 def _line(event: Event) -> str:

@@ -41,7 +41,8 @@ class Task:
     benchmarks: tuple[Dataset, ...]
     measure: tuple[str, ...]
     pretraining_photos: Dataset | None = None  # of the row's pretraining, where it has one
-    is_twin: bool = False  # an earlier row of the experiment is the same model under the same protocol
+    is_pretraining: bool = False  # what rows start from, which nobody scores
+    is_twin: bool = False  # an earlier row of the experiment is the same model, scored in the same way
 
     @property
     def run(self) -> Run:
@@ -98,10 +99,17 @@ class Task:
         return fingerprint({"measured": measured, "row": self.row.name}) if self.is_twin else measured
 
     def measured(self, resources: Resources) -> str:
-        """The fingerprint of the model and the protocol it is scored under, whatever the row is called."""
+        """The fingerprint of the model, the protocol and the objects it is scored on, whatever the row is called.
+
+        The objects by their content: a benchmark that was exchanged has other scores under the same name, and MLflow
+        can only add to those that a run has.
+        """
+        if self.is_pretraining:
+            return fingerprint({"pretraining": self.model(resources)})
         if "clicks" not in self.measure:
             return fingerprint([stage.fingerprint for stage in self.overlaps(resources)])
-        return fingerprint({"model": self.model(resources), "eval": plain(self.run.eval)})
+        objects = sorted([each.name, each.digest(masks=True)] for each in self.benchmarks)
+        return fingerprint({"model": self.model(resources), "eval": plain(self.run.eval), "objects": objects})
 
     def model(self, resources: Resources) -> str:
         """The fingerprint of what answers the clicks: of a training, or of a method."""

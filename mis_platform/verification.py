@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mis_platform import pipeline
-from mis_platform.artifacts import MANIFEST, Stage, combine_digests, read_manifest, remake, sha256
+from mis_platform.artifacts import CODE_FILE, MANIFEST, Stage, combine_digests, read_manifest, remake, sha256
 from mis_platform.config import Resources, Run, fingerprint, with_values
 from mis_platform.data import proposals, trees
 from mis_platform.data.parts import MAX_PART_BYTES, decode_parquet
@@ -34,7 +34,7 @@ TABLES = ("trees", "proposals")  # stages whose parts can be made again one by o
 FLAT = (*TABLES, "checkpoint", "initial")  # trees/FINGERPRINT
 NESTED = ("clicks", "overlap")  # clicks/DATASET/FINGERPRINT
 FINGERPRINT, CHECKSUM = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
-OWN_FILES = {MANIFEST, LOCK_FILE, LEASE_FILE, BEAT_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
+OWN_FILES = {MANIFEST, CODE_FILE, LOCK_FILE, LEASE_FILE, BEAT_FILE, LEDGER_FILE, QUARANTINE_FILE}  # beside the parts
 ORPHAN_SECONDS = 24 * 3600.0  # a younger file may belong to somebody at work
 IDENTITY = ("stage", "version", "config", "inputs")
 

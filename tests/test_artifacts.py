@@ -1,5 +1,7 @@
 """Stages: what is done stays done, what is missing is made once, and other settings are another artifact."""
 
+import contextlib
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -9,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mis_platform import artifacts
 from mis_platform.artifacts import (
     MANIFEST,
     FingerprintMismatch,
     Output,
     Part,
     Stage,
+    code_of,
     combine_digests,
     ensure,
     read_manifest,
@@ -98,6 +102,29 @@ def test_the_manifest_tells_what_was_made_and_how(tmp_path: Path) -> None:
     ]
     assert manifest["summary"] == {"letters": 5}
     assert {"created", "seconds", "packages", "git_commit"} <= manifest["information"].keys()
+
+
+def test_all_the_code_that_worked_on_an_artifact_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only that which finished it: a training may be resumed by another commit."""
+    monkeypatch.setattr(artifacts, "versions", artifacts.versions.__wrapped__)
+    good, attempts = counting_stage("trees", []), iter("aabac")
+
+    def run(found: dict[str, Storage], out: Storage) -> Output:
+        if commit != "c":
+            raise RuntimeError("killed")
+        return good.run(found, out)
+
+    stage = dataclasses.replace(good, run=run)
+    for commit in attempts:
+        monkeypatch.setattr(artifacts, "git_commit", lambda commit=commit: commit)
+        with pytest.raises(RuntimeError) if commit != "c" else contextlib.nullcontext():
+            ensure(stage, Storage(str(tmp_path)))
+    information = read_manifest(stage.directory(Storage(str(tmp_path))))["information"]
+    assert information["git_commit"] == "c"
+    assert code_of(information) == ["a", "b", "a", "c"]
+    alone = counting_stage("trees", [], config={"seed": 1})
+    assert code_of(read_manifest(ensure(alone, Storage(str(tmp_path))))["information"]) == ["c"]
+    assert code_of({"packages": {"mis-platform": "1.0"}, "git_commit": None}) == ["version 1.0"]
 
 
 def test_only_settings_version_and_inputs_decide_the_address() -> None:

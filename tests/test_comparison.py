@@ -162,15 +162,35 @@ def test_intervals_do_not_depend_on_chunks_or_calls(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_the_verdict_is_the_tolerances(clicks: tuple[int, ...], profile: str, verdict: str) -> None:
-    comparison = compare(EXPERIMENT, profile, [done(ALPHA, *clicks)], {})
-    assert cell(comparison, "alpha=0.9").verdict == verdict
+    row = dataclasses.replace(ALPHA, paper=noc("berkeley", 2.0, 3.0))
+    experiment = dataclasses.replace(EXPERIMENT, rows=(row,))
+    comparison = compare(experiment, profile, [done(row, *clicks * 25, dataset="berkeley")], {})
+    assert cell(comparison, "alpha=0.9", dataset="berkeley").verdict == verdict
+
+
+@pytest.mark.parametrize(("dataset", "published"), [("grabcut", 50), ("berkeley", 100), ("sbd", 6671), ("davis", 345)])
+def test_a_benchmark_that_was_cut_gets_no_verdict_and_says_why(dataset: str, published: int) -> None:
+    """Neither do more objects than published; nothing is known of the size of other benchmarks."""
+    row = dataclasses.replace(ALPHA, paper=noc(dataset, 2.0, 3.0))
+    experiment = dataclasses.replace(EXPERIMENT, rows=(row, dataclasses.replace(FLAT, paper={})))
+
+    def verdict(objects: int) -> tuple[str, list[str]]:
+        comparison = compare(experiment, "paper", [done(row, *[3] * objects, dataset=dataset)], {})
+        return cell(comparison, "alpha=0.9", dataset=dataset).verdict, [
+            note for note in comparison.notes if "published" in note
+        ]
+
+    assert verdict(published) == ("pass", [])
+    for objects in (published - 1, published + 1, 3):
+        why = f"alpha=0.9 on {dataset}: {objects} objects, published are {published}: no verdict."
+        assert verdict(objects) == ("not comparable", [why])
 
 
 def test_other_sizes_are_called_not_comparable_once() -> None:
     text = render(compare(EXPERIMENT, "smoke", [done(ALPHA, 3, 3)], {}), "text")
     assert text.count("not comparable") == 1
     assert "verdict" not in text
-    text = render(compare(EXPERIMENT, "paper", [done(ALPHA, 3, 3)], {}), "text")
+    text = render(compare(EXPERIMENT, "paper", [done(ALPHA, *[3] * 50)], {}), "text")
     assert "not comparable" not in text
     assert "verdict" in text
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow_here import serving
 from processes import common_ground, without_rights
 from training_material import tiny_run
 
@@ -116,29 +117,32 @@ def test_an_mlflow_store_that_does_not_fit_is_told_in_one_line(disk: Disk, monke
     tracking.connect(root).search_experiments()
 
 
-def test_a_spool_that_does_not_fit_is_told_and_goes_on_later(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spool_that_does_not_fit_is_told_and_goes_on_later(
+    disk: Disk, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The MLflow server is away, and then the disk is full that its records wait on: none is lost or torn."""
     monkeypatch.setattr(tracking, "FAILURES", 2)
     monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
-    root = Storage(str(disk.path))
+    root, port = Storage(str(disk.path)), free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     about: dict[str, Any] = {"experiment": "mis", "name": "train", "fingerprint": "f24", "params": {}}
-    with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-        tracker = tracking.open_run(root, **about)
-        disk.fill()
-        tracker.set_tags({f"tag{k}": "x" * 400 for k in range(50)})  # more than what is left of the spool's last page
-        with pytest.raises(OSError, match="No space left on device") as error:
-            tracker.flush()
-        assert cli._exit_code(error.value) == cli.LOST
-        tracker.log_metrics({"train/loss": 0.5}, 1)
-        disk.free()
-        tracker.close()
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    disk.remount("size=64m")
-    with tracking.open_run(root, **{**about, "fingerprint": "another"}):
-        pass  # the next run on this root sends what waits
-    client = tracking.connect(root)
-    (found,) = client.search_runs(["1"], f"tags.`{tracking.FINGERPRINT}` = 'f24'")
+    tracker = tracking.open_run(root, **about)
+    disk.fill()
+    tracker.set_tags({f"tag{k}": "x" * 400 for k in range(50)})  # more than what is left of the spool's last page
+    with pytest.raises(OSError, match="No space left on device") as error:
+        tracker.flush()
+    assert cli._exit_code(error.value) == cli.LOST
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+    disk.free()
+    tracker.close()
+    monkeypatch.setattr(tracking, "_outboxes", {})  # as in a new process, which knows nothing of an outage
+    database = tmp_path / "server.db"
+    database.write_bytes(empty_store.read_bytes())
+    with serving(database, port):
+        with tracking.open_run(root, **{**about, "fingerprint": "another"}):
+            pass  # the next run on this root sends what waits
+        client = tracking.connect(root)
+        (found,) = client.search_runs(["1"], f"tags.`{tracking.FINGERPRINT}` = 'f24'")
     assert {name for name in found.data.tags if name.startswith("tag")} == {f"tag{k}" for k in range(50)}
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 0.5})
     assert not list(disk.path.glob("mlflow-spool/*"))

@@ -83,8 +83,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "sweep.py": (
         {"ray"},
-        {"artifacts", "comparison", "config", "data", "drawing", "evaluation", "experiment", "figures", "jobs"}
-        | {"model", "pipeline", "report", "saved_models", "stages", "storage", "tracking", "trial"},
+        {"artifacts", "comparison", "config", "data", "drawing", "errors", "evaluation", "experiment", "figures"}
+        | {"jobs", "model", "pipeline", "report", "saved_models", "stages", "storage", "tracking", "trial"},
     ),
     "trial.py": (
         {"ray"},

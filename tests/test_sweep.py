@@ -1,6 +1,9 @@
 """Sweeps on a real Ray cluster and a real MLflow store: shared work, failures, going on after kills."""
 
+import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,24 +17,29 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
 from commands import mis
+from mlflow.tracking import MlflowClient
 from processes import descendants, kill_group, wait_until
+from ray.exceptions import RayTaskError
 from ray.util.state import list_actors
 
-from mis_platform import cli, sweep, trial
-from mis_platform.artifacts import ensure, git_commit
+from mis_platform import artifacts, cli, sweep, tracking, trial
+from mis_platform.artifacts import Output, Stage, ensure, git_commit, walk, write_manifest
 from mis_platform.comparison import Cell, Comparison
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, fingerprint, flatten, override, plain
 from mis_platform.data import synthetic
+from mis_platform.errors import FingerprintMismatch
 from mis_platform.evaluation.noc import keep_last
+from mis_platform.experiment import _WITHOUT_WEIGHTS as WITHOUT_WEIGHTS
 from mis_platform.experiment import Row, list_experiments
+from mis_platform.leases import hold
 from mis_platform.stages import cluster, evaluate
-from mis_platform.storage import Storage
+from mis_platform.storage import Storage, StorageError
 
 TINY = """
 '''Does it work?'''
@@ -159,12 +167,20 @@ def test_a_part_of_an_experiment_registers_no_model(
     """The best of the rows that were asked for may be worse than the version that is there."""
     registered: list[str] = []
     monkeypatch.setattr(sweep, "_register", lambda _, task, parent: registered.append(task.row.name))
-    monkeypatch.setattr(trial.Task, "is_done", lambda *_: True)
     cells = (scored("good", "noc90", 3.0), scored("twin", "noc90", 2.0))
     found = Comparison("", "", "smoke", "", 0.3, (), cells, (), {})
-    for only in (["good"], []):
-        sweep._register_best(prepare(tmp_path, only=only), found, None)  # type: ignore[arg-type]
-    assert registered == ["twin"]
+
+    def register(prepared: sweep.Sweep, missing: str = "") -> list[str]:
+        registered.clear()
+        monkeypatch.setattr(trial.Task, "is_done", lambda task, *_: task.row.name != missing)
+        sweep._register_best(prepared, found, None)  # type: ignore[arg-type]
+        return registered
+
+    whole = prepare(tmp_path)
+    assert register(whole) == ["twin"]
+    assert register(prepare(tmp_path, only=["good"])) == []
+    assert register(whole, missing="diverges") == [], "it failed, or was not run yet"
+    assert register(dataclasses.replace(whole, refused={("other", 0): "no weights"})) == []
 
 
 def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Path, tmp_path: Path) -> None:
@@ -339,15 +355,36 @@ def test_a_model_on_an_object_store_is_not_registered_and_says_so(
     assert "s3://bucket/mis/checkpoint/" in line
 
 
+FAILING = TINY.replace('Row("twin", Run())', 'Row("twin", Run(), {"synthetic/noc85": 1.5, "synthetic/noc90": 3.0})')
+
+
+class Failed(NamedTuple):
+    """A sweep of FAILING, and what was said."""
+
+    root: Path
+    prepared: sweep.Sweep
+    comparison: Comparison
+    said: str
+
+
+@pytest.fixture(scope="module")
+def failed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Failed:
+    root, folder = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("experiments")
+    (folder / "tiny.py").write_text(FAILING)
+    (root / "mlflow.db").write_bytes(empty_store.read_bytes())
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setenv("MIS_EXPERIMENTS", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        prepared = prepare(root)
+        comparison = sweep.run_sweep(prepared)
+    return Failed(root, prepared, comparison, said.getvalue())
+
+
 @pytest.mark.ray
-def test_a_sweep_with_a_failing_row(
-    experiments: Path, ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_with_a_failing_row(experiments: Path, failed: Failed, capsys: pytest.CaptureFixture[str]) -> None:
     """One training serves two rows, one row fails alone, and a second run only repeats what failed."""
-    twin = 'Row("twin", Run(), {"synthetic/noc85": 1.5, "synthetic/noc90": 3.0})'
-    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', twin))
-    prepared = prepare(tmp_path)
-    comparison = sweep.run_sweep(prepared)
+    (experiments / "tiny.py").write_text(FAILING)
+    tmp_path, prepared, comparison, said = failed
     states = {line.name: line.state for line in comparison.lines}
     assert states == {"good": "done", "twin": "done", "diverges": "failed", "elsewhere": "quoted"}
     reason = next(line.reason for line in comparison.lines if line.name == "diverges")
@@ -378,12 +415,12 @@ def test_a_sweep_with_a_failing_row(
     assert not rows_of(database, "select 1 from metrics group by run_uuid, key, step having count(*) > 1")
     steps = rows_of(database, "select distinct step from metrics where key = 'train/loss' order by 1")
     assert [step for (step,) in steps] == [1, 2, 3]
-    assert rows_of(database, "select count(*) from model_versions") == [(1,)]
+    assert not rows_of(database, "select * from model_versions"), "of a row that failed nobody knows how good it is"
     ends = "select run_uuid, end_time from runs order by 1"
     ended = rows_of(database, ends)
 
     before = len(list((tmp_path / "checkpoint").glob("*")))
-    assert "commits" not in capsys.readouterr().err
+    assert "commits" not in said
     pretend_commit(next(tmp_path.glob("trees/*/manifest.json")), "f00d" * 10)
     second = sweep.run_sweep(prepare(tmp_path, only=["good", "twin"]))
     assert rows_of(database, ends) == ended, "nothing was computed, and no row was recorded twice"
@@ -391,6 +428,58 @@ def test_a_sweep_with_a_failing_row(
     both = ", ".join(sorted({git_commit() or "unknown", "f00d" * 10}))
     assert second.about["commits"] == both
     assert f"by the commits {both}; " in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_row_that_starts_from_another_training(
+    experiments: Path, failed: Failed, tmp_path: Path, empty_store: Path
+) -> None:
+    """From one that is there already, of which a kill has cut off the record. All rows are done: the best is known."""
+    root = tmp_path / "root"
+    for name in ("wheels", "trees", "checkpoint", "clicks"):
+        shutil.copytree(failed.root / name, root / name)
+    (root / "mlflow.db").write_bytes(empty_store.read_bytes())
+    lines = TINY.splitlines()
+    (twin, diverges) = (line for line in lines if "twin" in line or "diverges" in line)
+    tuned = diverges.replace(diverges.strip(), 'Row("tuned", Run(), pretraining=Run()),')
+    (experiments / "tiny.py").write_text("\n".join(line for line in lines if line != twin).replace(diverges, tuned))
+    prepared = prepare(root)
+    (task,) = (task for task in prepared.tasks if task.row.pretraining)
+    start = sweep._child(prepared, sweep._as_pretraining(task))
+    start.log_metrics({"train/loss": 7.0}, 1)
+    start.close("KILLED")
+    comparison = sweep.run_sweep(prepared)
+    assert [(line.name, line.state) for line in comparison.lines[:2]] == [("good", "done"), ("tuned", "done")]
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'tiny'")
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`mis.fingerprint` = '{prepared.parent}'")
+    above = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    runs = {run.data.tags["mis.row"]: run for run in client.search_runs([experiment.experiment_id], above)}
+    name = "pretraining vit_xt wheels alpha 0.9 lambda 10"
+    assert {row: (run.info.run_name, run.info.status) for row, run in runs.items()} == {
+        row: (row, "FINISHED") for row in ("good", "tuned", name)
+    }
+    assert runs[name].data.tags["mis.start_of"] == "tuned"
+    assert [(each.dataset.name, each.tags[0].value) for each in runs[name].inputs.dataset_inputs] == [
+        ("folder", "training")
+    ]
+    points = client.get_metric_history(runs[name].info.run_id, "train/loss")
+    assert sorted(point.step for point in points) == [1, 2, 3]
+    assert {point.value for point in points if point.step == 1} == {7.0}, "what was there stays, what was missing came"
+    fingerprint = task.pretraining(prepared.resources).fingerprint  # type: ignore[union-attr]
+    inits = {row: run.data.params["model.init"] for row, run in runs.items()}
+    assert inits == {"good": "random", name: "random", "tuned": f"checkpoint/{fingerprint}"}
+    changed = [tag for tag in runs["tuned"].data.tags if tag.startswith(tracking.LATEST + "model")]
+    assert not changed, "training, scoring and record agree"
+
+    cells = {(cell.row, cell.metric): cell.mean for cell in comparison.cells}
+    best = sweep.best_row(comparison, ["good", "tuned"])
+    assert cells[best, "noc90"] == min(cells["good", "noc90"], cells["tuned", "noc90"])
+    best_task = next(task for task in prepared.tasks if task.row.name == best)
+    weights = root / "checkpoint" / best_task.training(prepared.resources).fingerprint / "model.safetensors"
+    champion = client.get_model_version_by_alias(f"mis-tiny-smoke-{prepared.parent}", "champion")
+    assert champion.tags[tracking.DIGEST] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert "licence" in champion.tags
 
 
 def pretend_commit(manifest: Path, commit: str) -> None:
@@ -429,14 +518,17 @@ def test_rows_whose_pretraining_failed_do_not_start(
     prepared = prepare(tmp_path)
     asked = []
 
-    def fail(_: sweep.Sweep, groups: list[list[trial.Task]]) -> dict[str, str]:
+    def fail(_: sweep.Sweep, groups: list[list[trial.Task]]) -> dict[str, sweep.Failure]:
         asked.append([task.name for group in groups for task in group])
-        return {f"{task.row.name}/{task.seed}": "no memory" for group in groups for task in group}
+        return {f"{task.row.name}/{task.seed}": sweep.Failure("no memory") for group in groups for task in group}
 
     monkeypatch.setattr(sweep, "_fan_out", fail)
     failures = sweep._pretrain(prepared, [task for task in prepared.tasks if task.row.pretraining is not None])
     assert asked == [["pretraining of twin"]]
-    assert failures == {"twin/0": "pretraining: no memory"}
+    assert failures == {"twin/0": sweep.Failure("pretraining: no memory")}
+    reasons = {key: failure.reason for key, failure in failures.items()}
+    told = [(task.name, failure) for task, failure in sweep._recorded(prepared, reasons) if failure]
+    assert told == [("pretraining of twin", "no memory"), ("twin", "pretraining: no memory")]
 
 
 @pytest.mark.parametrize("words", [("run", "sweep", "tiny", "--dry-run"), ("show", "tiny")])
@@ -634,6 +726,222 @@ def test_rows_behind_a_method_that_hangs_are_scored(hanging_method: str, ray_clu
     lines = sweep.run_sweep(prepare(tmp_path, resources=Resources(trial_silence=40.0))).lines
     assert [(line.name, line.state) for line in lines] == [("hangs", "failed"), ("fine", "done")]
     assert lines[0].reason == hanging_method.format(40)
+
+
+# -- what MLflow has of a sweep --------------------------------------------------------------------------------------
+
+Record = dict[str, tuple[str, str, dict[str, float], int]]  # run id -> parent's, name, metrics, files
+
+
+def record_of(uri: str) -> Record:
+    """Everything in a store that a person would take for a result."""
+    client = MlflowClient(uri)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert not [run for run in runs if run.info.status != "FINISHED"]
+    for run in runs:
+        for name in run.data.metrics:
+            steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
+            assert len(steps) == len(set(steps)), f"{name} is there twice"
+    return {
+        run.info.run_id: (
+            run.data.tags.get("mlflow.parentRunId", ""),
+            str(run.info.run_name),
+            run.data.metrics,
+            sum(file.is_file() for file in Path(run.info.artifact_uri).rglob("*")),
+        )
+        for run in runs
+    }
+
+
+def of_methods(tmp_path: Path, experiments: Path, empty_store: Path) -> Callable[[], Comparison]:
+    """A sweep of one row without training, scored on tmp_path/objects."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    (experiments / "tiny.py").write_text(METHODS.replace("hangs", "quick"))
+    synthetic.write_benchmark(tmp_path / "objects", 2)
+    words = ["eval.max_clicks=2", f'eval_datasets=["synthetic:{tmp_path}/objects"]']
+    return lambda: sweep.run_sweep(prepare(tmp_path, only=["quick"], assignments=words))
+
+
+@pytest.mark.ray
+def test_an_exchanged_benchmark_is_another_sweep_in_mlflow(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path
+) -> None:
+    """Of the same name in the same place: its scores are shown once, and the old ones do not pass for them."""
+    run, uri = of_methods(tmp_path, experiments, empty_store), f"sqlite:///{tmp_path}/mlflow.db"
+    run()
+    before = record_of(uri)
+    run()
+    assert record_of(uri) == before, "without a change nothing is added"
+    shutil.rmtree(tmp_path / "objects")
+    synthetic.write_benchmark(tmp_path / "objects", 3, seed=7)
+    run()
+    after = record_of(uri)
+    run()
+    assert record_of(uri) == after
+    assert {run_id: after[run_id] for run_id in before} == before, "what was measured then stays as it was"
+    new = {run_id: each for run_id, each in after.items() if run_id not in before}
+    assert sorted(name for _, name, _, _ in new.values()) == ["quick", "tiny smoke"]
+    assert {above for above, *_ in new.values()} == {"", *(key for key, each in new.items() if not each[0])}
+    for record, objects in ((before, 2), (new, 3)):
+        assert [each[2]["synthetic/objects"] for each in record.values() if each[0]] == [objects]
+    client = MlflowClient(uri)
+    read = {key: client.get_run(key).inputs.dataset_inputs for key in after}
+    digests = {key: each[0].dataset.digest for key, each in read.items() if len(each) == 1}
+    assert digests.keys() == after.keys(), "parents say what their rows were scored on, too"
+    assert [len({digests[key] for key in record}) for record in (before, new, after)] == [1, 1, 2]
+
+
+@pytest.mark.ray
+def test_a_store_that_has_nothing_gets_all_of_a_finished_sweep(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second store, and one that was emptied; nothing is computed for them."""
+    run = of_methods(tmp_path, experiments, empty_store)
+    first, second = f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/second.db"
+    (tmp_path / "second.db").write_bytes(empty_store.read_bytes())
+    run()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("clicks/*/*/*")}
+
+    def contents(record: Record) -> list[tuple[str, str, dict[str, float], int]]:
+        return sorted((above and record[above][1], *rest) for above, *rest in record.values())
+
+    expected = contents(record_of(first))
+    assert [(above, name) for above, name, *_ in expected] == [("", "tiny smoke"), ("tiny smoke", "quick")]
+    assert all(files > 3 for *_, files in expected), "the report with its figures; tables and pictures of the row"
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", second)
+        run()
+        there = record_of(second)
+        run()
+        assert record_of(second) == there
+    assert contents(there) == expected
+    old = record_of(first)
+    for run_id in old:
+        MlflowClient(first).delete_run(run_id)
+    run()
+    new = record_of(first)
+    run()
+    assert record_of(first) == new
+    assert contents(new) == expected
+    assert not new.keys() & old.keys()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("clicks/*/*/*")} == made
+
+    (manifest,) = tmp_path.glob("clicks/*/*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"geodesic"', '"graphcut"'))
+    (line,) = run().lines
+    assert line.state == "failed"
+    assert line.reason.startswith(f"clicks/synthetic/{manifest.parent.name} was made with other settings: ")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_strict_refuses_what_other_code_has_made_or_begun(
+    experiments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Before anything runs; both are named. Without the word it is used."""
+    prepared = prepare(tmp_path)
+    trees = next(stage for stage in walk(prepared.tasks[0].training(Resources())) if stage.name == "trees")
+    directory = trees.directory(prepared.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "git_commit", lambda: "aaaa")
+        patch.setattr(artifacts, "versions", artifacts.versions.__wrapped__)
+        if begun:
+            artifacts._note_code(directory)
+        else:
+            write_manifest(trees, Output(parts=(), digest="0" * 64), directory)
+        sweep.check_same_code(prepared)
+        patch.setattr(artifacts, "git_commit", lambda: "bbbb")
+        assert run_tiny(tmp_path, "--strict", "--dry-run") == cli.MISMATCH
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"Error: trees/{trees.fingerprint} was computed by the code aaaa, and this is bbbb; ")
+        assert run_tiny(tmp_path, "--dry-run") == 0
+        folder = tmp_path / "wheels" / "photos"
+        words = ["train", "--dataset", f"folder:{folder}", "--root", tmp_path, "--dry-run"]
+        words += [word for name, value in WITHOUT_WEIGHTS.items() for word in ("--set", f"{name}={value}")]
+        assert mis(*words) == 0
+        capsys.readouterr()
+        assert mis(*words, "--strict") == cli.MISMATCH
+        assert "by the code aaaa, and this is bbbb; " in capsys.readouterr().err
+        patch.setattr(artifacts, "git_commit", lambda: "aaaa+changes")
+        with pytest.raises(FingerprintMismatch, match=r"code aaaa, and this is aaaa\+changes"):
+            sweep.check_same_code(prepared)
+        directory.remove("manifest.json")
+        directory.remove(artifacts.CODE_FILE)
+        artifacts._note_code(directory)
+        with pytest.raises(FingerprintMismatch, match=r"code aaaa\+changes, and this is aaaa\+changes"):
+            sweep.check_same_code(prepared)  # perhaps of another edit
+
+
+# -- what is no row's fault ------------------------------------------------------------------------------------------
+
+
+def run_tiny(root: Path, *more: str) -> int:
+    words = [word for setting in SHORT for word in ("--set", setting)]
+    return mis("run", "sweep", "tiny", "--profile", "smoke", "--root", root, *words, *more)
+
+
+@pytest.mark.ray
+def test_what_all_rows_need_and_cannot_have_is_the_exit_code(
+    experiments: Path, ray_cluster: None, tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    prepared = prepare(tmp_path)
+    trees = next(stage for stage in walk(prepared.tasks[0].training(Resources())) if stage.name == "trees")
+    directory = trees.directory(Storage(str(tmp_path)))
+    with hold(directory):  # another command makes them just now
+        assert run_tiny(tmp_path) == cli.LOST
+    assert "Error: another mis process is working on" in (said := capsys.readouterr().err)
+    assert str(directory) in said.splitlines()[-1]
+    other = dataclasses.replace(trees, config={**trees.config, "data": "other"})
+    write_manifest(other, Output(parts=(), digest="0" * 64), directory)
+    assert run_tiny(tmp_path) == cli.MISMATCH
+    assert f"Error: trees/{trees.fingerprint} was made with other settings: " in capsys.readouterr().err
+    (report,) = tmp_path.glob("sweeps/*/*/report.txt")
+    assert "good, twin, diverges: failed: trees: " in report.read_text(), "it is recorded all the same"
+    assert not (tmp_path / "checkpoint").exists()
+    (experiments / "tiny.py").write_text(TINY.replace('Row("twin", Run())', 'Row("twin", METHOD)').replace(
+        "EXPERIMENT =", "METHOD = changed(Run(), method='geodesic')\nEXPERIMENT ="
+    ))  # fmt: skip
+    synthetic.write_benchmark(tmp_path / "objects", 1)
+    assert run_tiny(tmp_path, "--set", f'eval_datasets=["synthetic:{tmp_path}/objects"]') == cli.FAILURES
+
+
+@pytest.mark.parametrize(
+    ("causes", "raised"),
+    [
+        ([None, sweep.Failure("gone", StorageError("gone"))], None),  # None: that row is done
+        ([sweep.Failure("it diverged"), sweep.Failure("gone", StorageError("gone"))], None),
+        ([sweep.Failure("gone", StorageError("gone"))] * 2, StorageError),
+        ([sweep.Failure("other", FingerprintMismatch("other"))], FingerprintMismatch),
+        ([], None),
+    ],
+)
+def test_a_sweep_is_lost_when_nothing_of_it_can_go_on(causes: list[sweep.Failure | None], raised: type | None) -> None:
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        sweep._raise_if_lost(causes)
+
+
+def test_the_cause_is_found_behind_rays_errors() -> None:
+    inner = StorageError("cannot write to there: No space left on device")
+    error = RayTaskError("run_trial", "ray::run_trial() ...", inner).as_instanceof_cause()
+    outer = RuntimeError("the trial failed")
+    outer.__cause__ = error
+    for each in (inner, error, outer):
+        assert sweep._failure(each) == sweep.Failure(f"StorageError: {inner}", inner)
+    assert sweep._failure(ValueError("as it is")) == sweep.Failure("as it is")
+
+
+def test_a_ray_that_is_gone_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not row for row, each with an error of Ray's own."""
+
+    def fail(*_: object) -> Output:
+        raise ray.exceptions.RaySystemError("no raylet")
+
+    stage = Stage(name="trees", version=1, config={}, run=fail)
+    assert sweep._attempt(stage, Storage(str(tmp_path)), 60.0) is not None
+    monkeypatch.setattr(cluster, "is_lost", lambda: True)
+    with pytest.raises(ConnectionError, match="Ray has ended") as error:
+        sweep._attempt(stage, Storage(str(tmp_path)), 60.0)
+    assert cli._exit_code(error.value) == cli.LOST
 
 
 OF_RAY_DATA = ("_StatsActor", "ActorLocationTracker", "_AutoscalingCoordinatorActor")  # one each for a cluster
@@ -857,8 +1165,9 @@ def test_rows_that_share_a_model_have_a_run_each(experiments: Path, tmp_path: Pa
         alone = prepare(tmp_path, seeds=2, only=[task.row.name])
         assert runs[task.name] == alone.tasks[task.seed].fingerprint(here)
     for task in (task for task in whole.tasks if not task.is_twin):
-        expected = fingerprint({"model": task.training(here).fingerprint, "eval": plain(task.run.eval)})
-        assert runs[task.name] == expected, "as without a sweep"
+        objects = [["synthetic", task.benchmarks[0].digest(masks=True)]]
+        model = task.training(here).fingerprint
+        assert runs[task.name] == fingerprint({"model": model, "eval": plain(task.run.eval), "objects": objects})
 
 
 @pytest.mark.parametrize("change", ["eval.threshold=0.4", "method=graphcut", "dataset=folder:elsewhere"])

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -20,9 +22,10 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow.models import Model
 from mlflow.tracking import MlflowClient
+from mlflow_here import serving
 from PIL import Image
 
-from mis_platform import tracking
+from mis_platform import doctor, tracking
 from mis_platform.config import Resources, Run, fingerprint, flatten
 from mis_platform.errors import DataError
 from mis_platform.storage import Storage
@@ -311,20 +314,42 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture
+def database(tmp_path: Path, empty_store: Path) -> Path:
+    """Of a server, not of the root."""
+    file = tmp_path / "server" / "server.db"
+    file.parent.mkdir()
+    file.write_bytes(empty_store.read_bytes())
+    return file
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process, which knows nothing of an outage."""
+    monkeypatch.setattr(tracking, "_outboxes", {})
+    monkeypatch.setattr(tracking, "_told", set())
+
+
+def run_of(uri: str, fingerprint: str) -> Any:
+    client = MlflowClient(uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`mis.fingerprint` = '{fingerprint}'")
+    return run
+
+
 def test_a_server_that_is_down_costs_nothing_and_loses_nothing(
-    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Storage, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "FAILING_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "FAILURES", 3)
     monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.05)
-    with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2hunter2@127.0.0.1:{free_port()}")
-        with tracking.open_run(root, **ABOUT) as tracker:
-            assert tracker.run_id is None
-            for step in range(200):
-                tracker.log_metrics({"loss": 1.0 / (step + 1)}, step)
-            tracker.log_text("| NoC |", "tables/noc.md")
-            tracker.log_dataset("photos", "d1", "/photos", "training")
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:hunter2hunter2@127.0.0.1:{port}")
+    with tracking.open_run(root, **ABOUT) as tracker:
+        assert tracker.run_id is None
+        for step in range(200):
+            tracker.log_metrics({"loss": 1.0 / (step + 1)}, step)
+        tracker.log_text("| NoC |", "tables/noc.md")
+        tracker.log_dataset("photos", "d1", "/photos", "training")
     assert caplog.text.count("does not answer") == 1
     assert "hunter2" not in caplog.text
     closed = int(time.time() * 1000)
@@ -332,38 +357,161 @@ def test_a_server_that_is_down_costs_nothing_and_loses_nothing(
     assert (spool / "files/tables/noc.md").exists()
     time.sleep(0.02)
 
-    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):  # the store is back, for any run
-        pass
-    assert not list(tmp_path.glob("mlflow-spool/*"))
-    client = tracking.connect(root)
-    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
+    forget(monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:a-new-password@127.0.0.1:{port}/")  # the same server
+    with serving(database, port):
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):  # the store is back, for any run
+            pass
+        assert not list(tmp_path.glob("mlflow-spool/*"))
+        client = tracking.connect(root)
+        run = run_of(f"http://127.0.0.1:{port}", "0123456789abcdef")
+        history = client.get_metric_history(run.info.run_id, "loss")
     assert run.info.status == "FINISHED"
     assert run.info.start_time < run.info.end_time <= closed, "when it was worked on, not when the store was back"
     assert run.data.params == {"train.seed": "0"}
     assert run.inputs.dataset_inputs[0].dataset.name == "photos"
     assert (Path(run.info.artifact_uri) / "tables/noc.md").exists()
-    history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted((point.step, point.value) for point in history) == [(k, 1.0 / (k + 1)) for k in range(200)]
 
 
-def test_a_run_killed_while_the_server_is_down_is_recorded_as_killed(root: Storage) -> None:
+def test_what_waits_for_one_store_is_not_sent_to_another(
+    root: Storage, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "FAILURES", 1)
+    port = free_port()
+    server = f"http://user:hunter2hunter2@127.0.0.1:{port}"
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server)
+        with tracking.open_run(root, **ABOUT) as tracker:
+            tracker.log_metrics({"loss": 1.0}, 1)
+        assert tracking.waiting(root) == {}, "that store is the present one"
+    (spool,) = tmp_path.glob("mlflow-spool/*")
+    assert "hunter2" not in spool.name + (spool / "events.jsonl").read_text()
+    caplog.clear()
+    for other in ("another", "a third"):
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": other}):
+            pass
+    runs = MlflowClient(tracking.tracking_uri(root)).search_runs(["1"])
+    assert sorted(run.data.tags["mis.fingerprint"] for run in runs) == ["a third", "another"]
+    assert list(tmp_path.glob("mlflow-spool/*")) == [spool]
+    (line,) = caplog.messages
+    assert line == (
+        f"{tmp_path}/mlflow-spool keeps 1 run(s) for another MLflow store until it is used again: "
+        f"http://***@127.0.0.1:{port}"
+    )
+    assert tracking.waiting(root) == {f"http://***@127.0.0.1:{port}": 1}
+    (told,) = (str(each) for each in doctor._mlflow(root) if each.state == doctor.WARN)
+    assert f"1 run(s) wait in the root for http://***@127.0.0.1:{port}" in told
+    forget(monkeypatch)
+    with serving(database, port):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+            pass
+        assert run_of(server, "0123456789abcdef").data.metrics == {"loss": 1.0}
+    assert not list(tmp_path.glob("mlflow-spool/*"))
+
+
+def test_what_does_not_say_for_which_store_it_is_is_kept(root: Storage, tmp_path: Path) -> None:
+    """As folders that were left there before they said so."""
+    left = tmp_path / "mlflow-spool" / "1764000000000000000-0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "events.jsonl").write_text(json.dumps({"open": ABOUT}) + "\n")
+    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+        pass
+    assert the_run(root).data.tags["mis.fingerprint"] == "another", "it is alone"
+    assert left.is_dir()
+    assert tracking.waiting(root) == {"unknown": 1}
+
+
+def test_the_store_of_a_folder_is_its_address_without_a_login(root: Storage, tmp_path: Path) -> None:
+    def prefix(uri: str) -> str:
+        return tracking._prefix(root, uri)
+
+    assert prefix("http://a:b@Host:5000/") == prefix("http://host:5000") != prefix("http://host:5001")
+    assert prefix("postgresql://a:b@host/one?sslmode=require") == prefix("postgresql://host/one")
+    assert prefix("postgresql://host/one") != prefix("postgresql://host/two")
+    assert prefix(f"sqlite:///{tmp_path}/mlflow.db") == "own-" != prefix(f"sqlite:///{tmp_path}/other.db")
+    assert prefix(f"sqlite:///{os.path.relpath(tmp_path)}/mlflow.db") == "own-", "wherever one stands"
+
+
+def test_a_root_that_was_moved_keeps_its_own_store(root: Storage, tmp_path: Path) -> None:
+    with tracking.open_run(root, **ABOUT) as tracker:
+        (spool,) = tmp_path.glob("mlflow-spool/*")
+        tracker.flush()
+        copy = tmp_path / "copy"
+        (copy / "mlflow-spool").mkdir(parents=True)
+        shutil.copytree(spool, copy / "mlflow-spool" / spool.name)  # as of a process that died
+    (copy / "mlflow.db").write_bytes((tmp_path / "mlflow.db").read_bytes())
+    with tracking.open_run(Storage(str(copy)), **{**ABOUT, "fingerprint": "another"}):
+        pass
+    assert not list(copy.glob("mlflow-spool/*"))
+    assert tracking.connect(Storage(str(copy))).get_run(str(tracker.run_id)).info.status == "KILLED"
+
+
+def test_a_store_that_is_away_for_long_gets_thinner_curves_and_says_so(
+    root: Storage, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same as at 100 MB, with a thousandth of that."""
+    limit = 100_000
+    monkeypatch.setattr(tracking, "SPOOL_BYTES", limit)
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.0)
+    monkeypatch.setattr(tracking, "FAILURES", 1)
+    monkeypatch.setattr(tracking, "FIRST_PAUSE", 60.0)
+    port, steps, largest = free_port(), 3_001, 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with tracking.open_run(root, **ABOUT) as tracker:
+        for step in range(steps):
+            tracker.log_metrics({"loss": step / 7, "rate": 1.0}, step)
+            if step % 100 == 0:
+                tracker.log_text("x" * 2_000, f"texts/{step}.txt")
+                size = sum(file.stat().st_size for file in tmp_path.glob("mlflow-spool/**/*") if file.is_file())
+                largest = max(size, largest)
+        tracker.log_metrics({"grabcut/noc90": 2.0})
+    assert limit / 3 < largest < limit
+    forget(monkeypatch)
+    with serving(database, port):
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+            pass
+        run = run_of(f"http://127.0.0.1:{port}", "0123456789abcdef")
+        client = tracking.connect(root)
+        curves = {name: client.get_metric_history(run.info.run_id, name) for name in ("loss", "rate")}
+    every = int(re.findall(r"one in (\d+) points", run.data.tags["mis.thinned"])[0])
+    assert every in (4, 8, 16)
+    told = [line for line in caplog.messages if "is away for too long" in line]
+    assert f"of first it gets only one in {every} points of what was measured while the store was away" in told[-1]
+    for points in curves.values():
+        expected = [*range(0, steps, every), *([steps - 1] if (steps - 1) % every else [])]
+        assert sorted(point.step for point in points) == expected, "evenly, with its end"
+    assert sorted(point.value for point in curves["loss"])[-1] == (steps - 1) / 7
+    assert run.data.metrics["grabcut/noc90"] == 2.0, "a number of its own is no curve"
+    kept = sorted(Path(run.info.artifact_uri).glob("texts/*"))
+    left_out = [line for line in caplog.messages if "MLflow does not get texts/" in line]
+    assert len(kept) == limit // 4 // 2_000
+    assert len(kept) + len(left_out) == len(range(0, steps, 100))
+    assert run.info.status == "FINISHED"
+
+
+def test_a_run_killed_while_the_server_is_down_is_recorded_as_killed(
+    root: Storage, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
     script = f"""
 import os, signal
 from mis_platform import tracking
 from mis_platform.storage import Storage
-os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{free_port()}"
+os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{port}"
 tracker = tracking.open_run(Storage({root.uri!r}), **{ABOUT!r})
 tracker.log_metrics({{"loss": 0.5}}, 1)
 tracker.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
-    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
-        pass
-    client = tracking.connect(root)
-    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with serving(database, port):
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+            pass
+        run = run_of(f"http://127.0.0.1:{port}", "0123456789abcdef")
     assert run.info.status == "KILLED"
     assert run.data.metrics == {"loss": 0.5}
 
@@ -390,14 +538,17 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert (dead.data.metrics, dead.data.tags["mis.attempt"]) == ({"loss": 0.5}, "1")
 
 
-def test_a_server_that_hangs_holds_up_no_step(root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_holds_up_no_step(
+    root: Storage, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes connections and never answers, as behind a broken balancer: the dearest way to be away."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setattr(tracking, "OPENING_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "FAILING_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.01)
-    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         tracker = tracking.open_run(root, **ABOUT)
         seconds = []
         for step in range(1000):
@@ -410,18 +561,22 @@ def test_a_server_that_hangs_holds_up_no_step(root: Storage, tmp_path: Path, mon
         assert time.monotonic() - began < 10
     (spool,) = tmp_path.glob("mlflow-spool/*")
     assert (spool / "events.jsonl").stat().st_size < 2_000_000, "ten thousand points"
-    with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
-        pass
-    client = tracking.connect(root)
-    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`mis.fingerprint` = '0123456789abcdef'")
-    for k in (0, 9):
-        history = client.get_metric_history(run.info.run_id, f"train/{k}")
-        assert sorted((point.step, point.value) for point in history) == [(step, float(step)) for step in range(1000)]
+    forget(monkeypatch)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    monkeypatch.setattr(tracking, "FAILING_SECONDS", 15.0)
+    with serving(database, port):
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+            pass
+        client = tracking.connect(root)
+        run = run_of(f"http://127.0.0.1:{port}", "0123456789abcdef")
+        for k in (0, 9):
+            history = client.get_metric_history(run.info.run_id, f"train/{k}")
+            found = sorted((point.step, point.value) for point in history)
+            assert found == [(step, float(step)) for step in range(1000)]
 
 
 def test_many_runs_wait_once_for_a_server_that_hangs(
-    root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Storage, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a sweep opens a run for each of its rows, after everything is computed."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
@@ -429,8 +584,9 @@ def test_many_runs_wait_once_for_a_server_that_hangs(
     monkeypatch.setattr(tracking, "FAILING_SECONDS", 1.0)
     monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.01)
     monkeypatch.setattr(tracking, "GRACE", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         began = time.monotonic()
         with tracking.open_run(root, **ABOUT):
             pass
@@ -443,30 +599,36 @@ def test_many_runs_wait_once_for_a_server_that_hangs(
                 tracker.log_metrics({"loss": float(row)})
         assert time.monotonic() - began < 5, "each used to wait for two or three seconds"
     assert sum("has not got everything" in record.message for record in caplog.records) == 1
-    with tracking.open_run(root, **{**ABOUT, "fingerprint": "the next process"}):
-        pass
-    client = tracking.connect(root)
-    (experiment,) = client.search_experiments(filter_string="name = 'mis'")
-    losses = [run.data.metrics.get("loss") for run in client.search_runs([experiment.experiment_id])]
+    forget(monkeypatch)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    monkeypatch.setattr(tracking, "OPENING_SECONDS", 60.0)
+    monkeypatch.setattr(tracking, "FAILING_SECONDS", 15.0)
+    with serving(database, port):
+        with tracking.open_run(root, **{**ABOUT, "fingerprint": "the next process"}):
+            pass
+        client = tracking.connect(root)
+        (experiment,) = client.search_experiments(filter_string="name = 'mis'")
+        losses = [run.data.metrics.get("loss") for run in client.search_runs([experiment.experiment_id])]
     assert sorted(loss for loss in losses if loss is not None) == [float(row) for row in range(20)]
 
 
 def test_what_a_store_has_missed_is_told_in_the_order_it_happened(
-    root: Storage, monkeypatch: pytest.MonkeyPatch
+    root: Storage, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row that failed in one sweep and was finished by the next is finished."""
     monkeypatch.setattr(tracking, "FAILURES", 1)
-    names = [f"row {number}" for number in range(6)]
-    with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-        for status in ("FAILED", "FINISHED"):
-            for name in names:
-                tracker = tracking.open_run(root, **ABOUT | {"fingerprint": name, "name": name}, wait=False)
-                tracker.set_tags({"mis.last": status})
-                tracker.close(status)
-    with tracking.open_run(root, **ABOUT):
+    names, port = [f"row {number}" for number in range(6)], free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    for status in ("FAILED", "FINISHED"):
+        for name in names:
+            tracker = tracking.open_run(root, **ABOUT | {"fingerprint": name, "name": name}, wait=False)
+            tracker.set_tags({"mis.last": status})
+            tracker.close(status)
+    forget(monkeypatch)
+    monkeypatch.setattr(tracking, "FAILURES", 5)
+    with serving(database, port), tracking.open_run(root, **ABOUT):
         pass
-    client = tracking.connect(root)
+    client = MlflowClient(f"sqlite:///{database}")
     runs = client.search_runs([each.experiment_id for each in client.search_experiments()], "tags.`mis.last` LIKE '%'")
     found = {
         run.info.run_name: (run.info.status, run.data.tags["mis.last"], run.data.tags["mis.attempt"]) for run in runs
@@ -542,7 +704,7 @@ class Forgetful(MlflowClient):
 def test_a_lost_answer_does_not_double_points(root: Storage, tmp_path: Path) -> None:
     client = Forgetful(tracking.tracking_uri(root))
     opening = {**ABOUT, "tags": {"mis.fingerprint": ABOUT["fingerprint"]}, "opened": 1}
-    tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool"), opening)
+    tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool", "own-"), opening)
     tracker.start()
     tracker.log_curve("loss", [3.0, 2.0, 1.0])
     tracker.flush()
@@ -567,7 +729,7 @@ def test_a_failure_between_two_metrics_loses_neither(root: Storage, tmp_path: Pa
     client = Stumbling(tracking.tracking_uri(root))
     opening = {**ABOUT, "params": {}, "tags": {"mis.fingerprint": ABOUT["fingerprint"]}, "opened": 1}
     for _ in range(2):  # a run that is new has no history to ask for
-        tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool"), opening)
+        tracker = tracking.Tracker(tracking._Outbox(client, None), tracking._Spool(tmp_path / "spool", "own-"), opening)
         tracker.start()
         tracker.log_metrics({"loss": 1.0, "rate": 0.5}, 3)
         tracker.close()
@@ -596,7 +758,7 @@ def test_one_run_that_the_store_cannot_digest_holds_up_no_other(
 
     def opened(fingerprint: str) -> tracking.Tracker:
         opening = {**ABOUT, "fingerprint": fingerprint, "tags": {"mis.fingerprint": fingerprint}, "opened": 1}
-        tracker = tracking.Tracker(outbox, tracking._Spool(tmp_path / "spool"), opening)
+        tracker = tracking.Tracker(outbox, tracking._Spool(tmp_path / "spool", "own-"), opening)
         tracker.start()
         return tracker
 
@@ -735,6 +897,18 @@ def test_the_commit_that_began_a_run_stays(root: Storage, monkeypatch: pytest.Mo
     assert seen == [("aaaa", commit) for commit in newest]
 
 
+def test_a_run_that_other_code_has_gone_on_with_says_so(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that only reports on it changes nothing."""
+    seen = []
+    attempts = [("a", True), ("b", False), ("a", True), (None, True), ("b", True), ("b", True), ("a", True)]
+    for commit, computes in attempts:
+        monkeypatch.setattr(tracking, "git_commit", lambda commit=commit: commit)
+        with tracking.open_run(root, **ABOUT, computes=computes):
+            pass
+        seen.append(the_run(root).data.tags.get("mis.code_changed"))
+    assert seen == [None, None, None, None, "a, b", "a, b", "a, b, a"]
+
+
 def test_an_error_is_forgotten_when_the_next_attempt_begins(root: Storage) -> None:
     with pytest.raises(RuntimeError), tracking.open_run(root, **ABOUT):
         raise RuntimeError("no memory")
@@ -756,11 +930,13 @@ def test_a_model_is_registered_once_for_each_content(root: Storage, tmp_path: Pa
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    for weights in (b"first", b"first", b"second"):
+    client, champions = tracking.connect(root), []
+    for weights in (b"first", b"first", b"second", b"first"):
         (model / "model.safetensors").write_bytes(weights)
         with tracking.open_run(root, **ABOUT) as tracker:
             tracker.register_model(Storage(str(model)), "mis-test", (224, 448), "CC-BY-NC 4.0")
-    client = tracking.connect(root)
+        champions.append(int(client.get_model_version_by_alias("mis-test", "champion").version))
+    assert champions == [1, 1, 2, 1], "the best is who was called so last"
     versions = client.search_model_versions("name = 'mis-test'")
     assert sorted(int(version.version) for version in versions) == [1, 2]
     assert {version.tags["licence"] for version in versions} == {"CC-BY-NC 4.0"}

@@ -21,7 +21,7 @@ from ray.train import ControllerError, WorkerGroupError
 from training_material import make_material, tiny_run
 
 from mis_platform import sweep, tracking
-from mis_platform.config import Resources, fingerprint, plain
+from mis_platform.config import Resources
 from mis_platform.data.examples import open_stream
 from mis_platform.stages.train import Job, _explained
 from mis_platform.stages.training_loop import Schedule
@@ -397,6 +397,5 @@ def test_a_sweep_through_an_outage(
             sweep.run_sweep(prepare("one", root))
     history = [json.loads(line) for line in (training / "history.jsonl").read_text().splitlines()]
     expected = [(int(each["step"]), each["loss"]) for each in history]
-    model = {"model": task.model(prepared.resources), "eval": plain(task.run.eval)}
-    assert curve(server, "one", fingerprint(model), "train/loss") == expected
+    assert curve(server, "one", task.fingerprint(prepared.resources), "train/loss") == expected
     assert not list(root.glob("mlflow-spool/*"))
