@@ -10,9 +10,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from commands import mis
@@ -178,6 +181,34 @@ def may_reach(source: dict[str, str], target: dict[str, str], port: int) -> bool
 )
 def test_who_may_talk_to_whom(source, target, port, expected):
     assert may_reach(source, target, port) is expected
+
+
+def manifests_and_pods(value: Any) -> Iterator[dict[str, Any]]:
+    """A manifest of Kubernetes' own; of KubeRay's, whose schema is in no Python package, the pods that it makes."""
+    if isinstance(value, dict):
+        if not str(value.get("apiVersion", "ray.io/v1")).startswith("ray.io/"):
+            yield value
+            return
+        for key in {"template", "submitterPodTemplate"} & set(value):
+            about = {"name": "x", **value[key].get("metadata", {})}
+            yield {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": value[key]["spec"]}
+    for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from manifests_and_pods(below)
+
+
+def test_manifests_are_what_kubernetes_accepts():
+    """Strictly: an unknown key is an error. By the schemas of the newest release that the package has."""
+    files = sorted(BASE.parent.glob("*.yaml"))
+    found = [
+        each for file in files for part in yaml.safe_load_all(file.read_text()) for each in manifests_and_pods(part)
+    ]
+    assert Counter(each["kind"] == "Pod" for each in found) == {False: 14, True: 11}
+    for each in found:
+        kubernetes_validate.validate(each, "1.37", strict=True)
+    *_, pod = found
+    for spoiled in ({**pod["spec"], "hostNetwrk": True}, {**pod["spec"], "containers": [{"image": "x"}]}):
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate({**pod, "spec": spoiled}, "1.37", strict=True)
 
 
 def test_submitters_have_the_label_that_lets_them_in():
