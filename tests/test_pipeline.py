@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from training_material import make_labelled, tiny_run
 
-from mis_platform import jobs, pipeline
+from mis_platform import jobs, pipeline, sweep
 from mis_platform.artifacts import Stage, ensure, sha256
 from mis_platform.config import FeaturesConfig, Resources, Run, override
 from mis_platform.data.benchmarks import Dataset
@@ -211,6 +211,7 @@ def test_a_pin_is_no_other_run(labelled: Dataset, hub_cache: Callable[[str, byte
     pinned = override(run, [f"features.weights=sha256:{digests[0]}", f"model.init_weights=sha256:{digests[1]}"])
     one, other = (pipeline.checkpoint_stage(labelled, each, Resources(), lambda *_: None) for each in (run, pinned))
     assert one.fingerprint == other.fingerprint
+    assert sweep._absolute(pinned) == pinned  # no path to be made absolute for a trial
     assert one.downloads == other.downloads == {f"{MAE}/model.safetensors": digests[1]}
     assert one.inputs["trees"].downloads == {f"{DINO}/model.safetensors": digests[0]}
     files = override(run, [f"features.weights={labelled.root}/dino.pth", f"model.init_weights={labelled.root}/mae.pth"])
