@@ -3,8 +3,9 @@
     python benchmarks/resume.py [--images 10000000] [--json FILE]
 
 Real files where files count: a folder is listed, hashed for the first time, and hashed again from what is remembered.
-Of these there are `--files`; what is remembered, the manifest, the ledger of parts and the resumed run itself are of
-`--images` photos. The parts of the resumed run are sparse files of the right size, which is all that is looked at.
+Of these there are `--files`, several numbers of them to see what grows; what is remembered, the manifest, the ledger of
+parts and the resumed runs themselves are of `--images` photos. Their parts are sparse files of the right size, which is
+all that is looked at.
 
 Every step runs in a process of its own. CPU seconds count, because other load on the machine drifts; seconds are
 beside them. Memory is what the process had at its peak above what it had after its imports. Needs some 6 GB of memory
@@ -188,6 +189,16 @@ def resuming(images: int, folder: Path) -> Iterator[Any]:
     yield output.summary["images"]
 
 
+def planning(images: int, folder: Path) -> Iterator[Any]:
+    """What a run that was killed in the middle holds when its first chunk is handed out: `precompute`'s own steps."""
+    dataset = dataset_of(images)
+    yield None
+    found = precompute.finished_parts(Storage(str(folder)), (sample.image_id for sample in dataset.samples))
+    finished = {image_id for each in found for image_id in each.image_ids}
+    missing = sorted(sample for sample in dataset.samples if sample.image_id not in finished)
+    yield len(finished), len(missing)
+
+
 def checking(folder: Path, images: int) -> Iterator[Any]:
     yield None
     found = precompute.finished_parts(Storage(str(folder)), image_ids_of(images))
@@ -243,25 +254,32 @@ class Table:
 
     def tell(self, name: str, cost: Cost, count: int, size: int | None = None) -> Cost:
         line = f"{name:<42} {count:>10,} {cost.cpu:8.2f} s {cost.seconds:8.2f} s {1e6 * cost.cpu / count:7.2f} us"
-        memory = f"{cost.memory / count:10.0f} B" if count >= 10**6 else f"{'':>12}"  # of less it is the process's own
+        memory = f"{cost.memory / count:10.0f} B" if count >= 10**5 else f"{'':>12}"  # of less it is the process's own
         print(line, memory, "" if size is None else f"{size / 1e6:8.1f} MB", flush=True)
         facts = {"photos": count, "cpu_seconds": cost.cpu, "seconds": cost.seconds}
-        self.figures[name] = facts | {"memory": cost.memory, "bytes": size}
+        self.figures[name if name not in self.figures else f"{name}, {count}"] = facts | {
+            "memory": cost.memory,
+            "bytes": size,
+        }
         return cost
 
 
 def measure_photos(options: argparse.Namespace, base: Path, table: Table) -> None:
-    tiny, large = base / "tiny", base / "large"
-    for folder, count, size in ((tiny, options.files, 512), (large, options.large, options.photo_bytes)):
-        folder.mkdir()
-        make_files(folder, count, size)
-    table.tell("list a folder", alone(listing, tiny), options.files)
+    large = base / "large"
+    large.mkdir()
+    make_files(large, options.large, options.photo_bytes)
     table.tell("hash photos", alone(hashing, large, 2**62), options.large)
-    plain = table.tell("hash small files, remembered afterwards", alone(hashing, tiny, 0), options.files)
-    again = table.tell("digest from what is remembered", alone(hashing, tiny, 0), options.files)
+    for count in sorted(options.files):
+        tiny = base / f"tiny-{count}"
+        tiny.mkdir()
+        make_files(tiny, count, 512)
+        table.tell("list a folder", alone(listing, tiny), count)
+        plain = table.tell("hash small files, remembered afterwards", alone(hashing, tiny, 0), count)
+        again = table.tell("digest from what is remembered", alone(hashing, tiny, 0), count)
+        assert plain.result == again.result, "another digest"
     file = remember(tiny, options.images)
-    among = table.tell("the same among all images", alone(hashing, tiny, 0), options.files)
-    assert plain.result == again.result == among.result, "another digest"
+    among = table.tell("the same among all images", alone(hashing, tiny, 0), count)
+    assert plain.result == among.result, "another digest"
     table.tell("load what is remembered", alone(loading, tiny), options.images, file.stat().st_size)
     changed = f"{next(image_ids_of(1))}.jpg"
     os.chmod(tiny / changed, 0o600)
@@ -283,6 +301,11 @@ def measure_runs(options: argparse.Namespace, base: Path, table: Table) -> None:
     table.tell("write the ledger", written, options.images, (parts / precompute.LEDGER_FILE).stat().st_size)
     resumed = table.tell("resumed run, all parts whole", alone(resuming, options.images, parts), options.images)
     assert resumed.result == options.images
+    for part in list(parts.glob("trees-*.parquet"))[::2]:
+        part.unlink()
+    half = table.tell("resumed run, half of the parts", alone(planning, options.images, parts), options.images)
+    assert sum(half.result) == options.images
+    assert min(half.result) > options.images // 3
 
 
 def measure_trees(options: argparse.Namespace, base: Path, table: Table) -> None:
@@ -301,7 +324,7 @@ STEPS = {"photos": measure_photos, "manifest": measure_manifest, "runs": measure
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10**7)
-    parser.add_argument("--files", type=int, default=50_000, help="small files that are listed and hashed")
+    parser.add_argument("--files", type=int, nargs="+", default=[50_000], help="small files that are listed and hashed")
     parser.add_argument("--large", type=int, default=2_000, help="files of the size of a photo that are hashed")
     parser.add_argument("--photo-bytes", type=int, default=75_800)
     parser.add_argument("--trees", type=int, default=1024, help="trees of 2 961 patches")

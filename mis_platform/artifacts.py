@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-from mis_platform.config import differences, fingerprint, plain
+from mis_platform.config import PIN, differences, fingerprint, plain
 from mis_platform.errors import DataError, FingerprintMismatch
 from mis_platform.leases import hold
 from mis_platform.storage import Storage
@@ -26,6 +26,7 @@ from mis_platform.storage import Storage
 MANIFEST = "manifest.json"
 CODE_FILE = ".code"  # beside the parts: the code of each attempt, a line each
 EDITED = "+changes"  # behind the commit of source that was edited
+DOWNLOADS = "downloads"  # directory below a root: the SHA-256 of what its artifacts read of the hub, a file each
 REPAIR = "`mis verify` tells all that is wrong, and with --repair makes it again"
 HASHED_BYTES = 2**30  # of an input: its checksums are looked at before a stage begins, up to a few seconds' worth
 _TEXTS = ("stage", "fingerprint", "digest")  # of a manifest
@@ -62,6 +63,8 @@ class Stage:
     run: Callable[[dict[str, Storage], Storage], Output]  # run(inputs, out): where inputs lie, where to write
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     check: Callable[[], object] = lambda: None  # raises, within moments, what would end `run`: settings and weights
+    # Files of the Hugging Face hub that it reads, REPOSITORY/FILE -> SHA-256: what `config` says by their content.
+    downloads: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -113,6 +116,7 @@ def check_missing(stage: Stage, root: Storage) -> None:
     """Raise what would end one of the stages that `ensure` would run, before any of them has run for hours."""
     for each in missing(stage, root):
         each.check()
+        check_downloads(each, root)
 
 
 def ensure(stage: Stage, root: Storage) -> Storage:
@@ -126,6 +130,7 @@ def ensure(stage: Stage, root: Storage) -> Storage:
         check_identity(stage, read_manifest(out))
         return out
     inputs = {key: ensure(needed, root) for key, needed in stage.inputs.items()}
+    check_downloads(stage, root, remember=True)
     with hold(out) as held:
         if not out.exists(MANIFEST):  # nobody finished it while we waited for the inputs
             for directory in inputs.values():
@@ -135,6 +140,26 @@ def ensure(stage: Stage, root: Storage) -> Storage:
             output = stage.run(inputs, held)
             write_manifest(stage, output, held, seconds=time.time() - started)
     return out
+
+
+def check_downloads(stage: Stage, root: Storage, remember: bool = False) -> None:
+    """Refuse a file of the hub with other content than the first one of its name that was used in this root.
+
+    Nobody says so when a file on the hub is exchanged, and artifacts of a root are there to be compared. remember: this
+    may be that first one. Raises DataError that names both.
+    """
+    for file, digest in stage.downloads.items():
+        shelf, name = root.child(DOWNLOADS), f"{file.replace('/', '--')}.sha256"
+        if not shelf.exists(name):
+            if not remember:
+                continue
+            shelf.write_bytes(name, f"{digest}\n".encode())
+        first = shelf.read_bytes(name).decode("ascii", "replace").strip()  # that of another who came at the same time
+        if first != digest:
+            raise DataError(
+                f"{file} of the hub has the SHA-256 {digest} here, and {first} when {root} was begun: ask for that one "
+                f"with {PIN}{first} in place of a path of weights, use another root, or remove {shelf}/{name}"
+            )
 
 
 def remake(stage: Stage, root: Storage, damaged: Sequence[str]) -> dict[str, Any]:

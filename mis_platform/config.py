@@ -14,7 +14,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 TRAINED = "model"  # the trained click model
@@ -32,7 +41,18 @@ _OWN_METHOD = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 WINDOW = 224  # pixels: side of an attention window of SimpleClick, hence of its smallest input
 
+PIN = "sha256:"  # in front of the digest of weights, where a path would name a file
+
+
+def _path_or_pin(source: str) -> str:
+    if source.startswith(PIN) and not re.fullmatch(r"[0-9a-f]{64}", source.removeprefix(PIN)):
+        raise ValueError(f"after {PIN} come the 64 hexadecimal digits, in small letters, of the hub's file")
+    return source
+
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+# A file, or the hub's file if it has this SHA-256. An identity has the content's digest in its place, either way.
+Weights = Annotated[str, AfterValidator(_path_or_pin)]
 Precision = Literal["fp32", "bf16"]
 
 NETWORK_EXTRACTORS = (
@@ -102,7 +122,8 @@ class FeaturesConfig(Settings):
         "dinov3_vitb16",
         "color_texture",
     ] = "dino_vits8"
-    weights: str | None = None  # a .safetensors or .pth file, or a folder with them; None: timm's from the hub
+    # A .safetensors or .pth file, or a folder with them; None: timm's from the hub; sha256:HEX: that one and no other.
+    weights: Weights | None = None
     position_resize: Literal["bicubic", "bilinear"] = "bicubic"  # official code | paper
     layer: Literal["final_norm", "last_block"] = "final_norm"  # official code | paper
     precision: Precision = "fp32"
@@ -261,7 +282,7 @@ class ModelConfig(Settings):
     variant: Literal["vit_b", "vit_l", "vit_h", "vit_xt"] = "vit_b"
     image_size: int = Field(448, ge=WINDOW, multiple_of=WINDOW)  # pixels, square training crop
     init: Literal["mae", "random"] = "mae"
-    init_weights: str | None = None  # local MAE file; None: timm's from the hub
+    init_weights: Weights | None = None  # local MAE file; None: timm's from the hub; sha256:HEX: that and no other
     # How it is given its answer to the clicks before: as probabilities (the official code) or as a mask (the paper).
     previous_mask: Literal["soft", "binary"] = "soft"
 

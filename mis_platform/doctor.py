@@ -399,7 +399,7 @@ def _weights(runs: Sequence[Run]) -> Findings:
         repository, fetch = BACKBONES[config.extractor].repository, functools.partial(weights_file, config)
         yield _weight(f"weights of {config.extractor}", config.weights, repository, fetch, bool(runs))
     for variant, given in sorted(starts, key=str):
-        fetch = functools.partial(fetch_mae, variant)
+        fetch = functools.partial(fetch_mae, variant, hub.pin_of(given))
         yield _weight(f"weights of MAE {variant}", given, MAE_REPOSITORIES[variant], fetch, bool(runs))
     if not features and not starts:
         yield Finding(OK, "weights: none are needed")
@@ -407,17 +407,18 @@ def _weights(runs: Sequence[Run]) -> Findings:
 
 def _weight(what: str, given: str | None, repository: str, fetch: Callable[[], Path], is_needed: bool) -> Finding:
     """fetch: raises ValueError that says how to get them; asked only where it has nothing to download."""
-    if given is not None:
-        is_there = Path(given).expanduser().is_file()
+    pin = hub.pin_of(given)
+    if given is not None and pin is None:
+        is_there = Path(given).expanduser().exists()  # a folder, for extractors that are compared
         text = f"{what}: {given}" if is_there else f"{what}: there is no file {given}"
         return Finding(OK if is_there else FAIL, text, "" if is_there else "give a path that exists", DATA)
-    if hub.cached(repository, WEIGHTS_FILE):
+    if hub.cached(repository, WEIGHTS_FILE, pin):
         return Finding(OK, f"{what}: in the hub's cache")
     try:
-        hub.probe(repository, WEIGHTS_FILE)
+        offered = hub.probe(repository, WEIGHTS_FILE)
     except ConnectionError:
-        pass
-    else:
+        offered = None
+    if offered is not None and pin in (None, offered):
         return Finding(OK, f"{what}: will be fetched from {repository}")
     try:
         fetch()

@@ -7,17 +7,27 @@ not in its identity: four values of alpha share one set of trees.
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mis_platform.artifacts import MANIFEST, REPAIR, Stage, read_manifest, sha256
 from mis_platform.baselines.sources import source_settings
-from mis_platform.config import TRAINED, Resources, Run, check_fbrs, check_simpleclick, fingerprint, plain
+from mis_platform.config import (
+    PIN,
+    TRAINED,
+    Resources,
+    Run,
+    Settings,
+    check_fbrs,
+    check_simpleclick,
+    fingerprint,
+    plain,
+)
 from mis_platform.data.benchmarks import Dataset, open_dataset
 from mis_platform.data.labels import labelled_subset
 from mis_platform.errors import DataError
 from mis_platform.evaluation.protocol import robot_settings
-from mis_platform.model.features import build_extractor, features_identity
-from mis_platform.model.weights import WEIGHTS_FILE, family_of, fetch_mae
+from mis_platform.model.features import build_extractor, features_identity, hub_file
+from mis_platform.model.weights import WEIGHTS_FILE, family_of, mae_file, mae_hub_file
 from mis_platform.saved_models import describe
 from mis_platform.stages import evaluate, initial, precompute, train
 from mis_platform.stages.products import SourceProposals
@@ -40,30 +50,35 @@ def benchmark(spec: str, data_root: Path | None, untrusted: bool = False) -> Dat
 
 def trees_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
     """Merge trees of all photos of `dataset` (paper section 3.1, bottom-up merging)."""
+    identity = features_identity(run.features)
+    features, downloads = _pinned(run.features, "weights", hub_file(run.features), identity)
     return Stage(
         name="trees",
         version=precompute.VERSION,
-        config={"dataset": dataset.digest(), "data": plain(run.data), "features": features_identity(run.features)},
-        run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out),
-        check=functools.partial(build_extractor, run.features),
+        config={"dataset": dataset.digest(), "data": plain(run.data), "features": identity},
+        run=lambda inputs, out: precompute.precompute(dataset, features, run.data, resources, out),
+        check=functools.partial(build_extractor, features),
+        downloads=downloads,
     )
 
 
 def proposals_stage(dataset: Dataset, run: Run, resources: Resources) -> Stage:
     """Proposals of run.target.source (TokenCut, DSM, FreeMask) for all photos of `dataset`, from the same features."""
-    product = SourceProposals(run.target.source, run.sources)
+    product, identity = SourceProposals(run.target.source, run.sources), features_identity(run.features)
+    features, downloads = _pinned(run.features, "weights", hub_file(run.features), identity)
     return Stage(
         name=product.name,
         version=precompute.VERSION,
         config={
             "dataset": dataset.digest(),
             "data": plain(run.data),
-            "features": features_identity(run.features),
+            "features": identity,
             "source": product.source,
             "settings": source_settings(product.source, run.sources),
         },
-        run=lambda inputs, out: precompute.precompute(dataset, run.features, run.data, resources, out, product),
-        check=functools.partial(build_extractor, run.features),
+        run=lambda inputs, out: precompute.precompute(dataset, features, run.data, resources, out, product),
+        check=functools.partial(build_extractor, features),
+        downloads=downloads,
     )
 
 
@@ -94,7 +109,7 @@ def checkpoint_stage(
     if pretraining is not None:
         _check_variant(run, pretraining)
         inputs["pretraining"] = pretraining
-    model = _model_identity(run) if pretraining is None else _shape_identity(run)
+    model, pinned, downloads = _start(run) if pretraining is None else (_shape_identity(run), run, {})
     groups = {name: plain(getattr(run, name)) for name in ("clicks", "augment", "train")}
     return Stage(
         name="checkpoint",
@@ -102,19 +117,22 @@ def checkpoint_stage(
         config=groups | _target_identity(dataset, run) | {"model": model},
         inputs=inputs,
         run=lambda given, out: train.train(
-            dataset, run, _first(given, TARGETS), resources, out, on_metrics, given.get("pretraining")
+            dataset, pinned, _first(given, TARGETS), resources, out, on_metrics, given.get("pretraining")
         ),
-        check=lambda: train.check(run, resources, has_pretraining=pretraining is not None),
+        check=lambda: train.check(pinned, resources, has_pretraining=pretraining is not None),
+        downloads=downloads,
     )
 
 
 def initial_stage(run: Run) -> Stage:
     """The model as it is before its first training step: the untrained row of a comparison."""
+    model, pinned, downloads = _start(run)
     return Stage(
         name="initial",
         version=initial.VERSION,
-        config={"model": _model_identity(run), "seed": run.train.seed},
-        run=lambda inputs, out: initial.write_initial_model(run, out),
+        config={"model": model, "seed": run.train.seed},
+        run=lambda inputs, out: initial.write_initial_model(pinned, out),
+        downloads=downloads,
     )
 
 
@@ -210,13 +228,29 @@ def zoom_size_of(dataset: Dataset, run: Run) -> int:
     return run.eval.davis_zoom_size if dataset.name == "davis" else run.eval.zoom_size
 
 
-def _model_identity(run: Run) -> dict[str, Any]:
-    """The model's settings, with the content of its MAE weights in place of their path; missing weights show here."""
+Pinned = TypeVar("Pinned", bound=Settings)
+
+
+def _pinned(
+    settings: Pinned, name: str, file: str | None, identity: Mapping[str, Any]
+) -> tuple[Pinned, dict[str, str]]:
+    """Settings whose weights, where they come from the hub, are those of `identity` on every machine that fetches them;
+    and what they read of the hub. name: of the setting; file: REPOSITORY/FILE, None if it is none of the hub's."""
+    if file is None:
+        return settings, {}
+    return settings.model_copy(update={name: PIN + identity[name]}), {file: identity[name]}
+
+
+def _start(run: Run) -> tuple[dict[str, Any], Run, dict[str, str]]:
+    """The model's settings, with the content of its MAE weights in place of their path (missing weights show here);
+    the run and what it reads of the hub, as `_pinned`."""
     settings = plain(run.model)
-    if run.model.init == "mae":
-        path = fetch_mae(run.model.variant) if run.model.init_weights is None else Path(run.model.init_weights)
-        settings["init_weights"] = _file_digest(path)
-    return settings
+    if run.model.init != "mae":
+        return settings, run, {}
+    given = run.model.init_weights
+    settings["init_weights"] = _file_digest(mae_file(run.model.variant, given))
+    model, downloads = _pinned(run.model, "init_weights", mae_hub_file(run.model.variant, given), settings)
+    return settings, run.model_copy(update={"model": model}), downloads
 
 
 def _shape_identity(run: Run) -> dict[str, Any]:

@@ -39,7 +39,9 @@ for _talkative in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_
 HANDED_ON = ("MIS_ROOT", "MIS_DATA", "MLFLOW_TRACKING_URI")
 NEVER = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "PYTHONPATH", "PATH")  # the cluster's
 STOP_SECONDS = 30  # from SIGTERM to SIGKILL: time to commit a checkpoint
-TIMEOUT = (10.0, 120.0)  # seconds to connect, and between two bytes of an answer
+CONNECT_SECONDS = 10.0
+FIRST_SECONDS = 15.0  # for the answer to the first question, which is a small one
+ANSWER_SECONDS = 60.0  # between two bytes of later answers: to start a job, the head itself looks for up to 10
 PATIENCE = 600.0  # seconds without the cluster before it counts as lost
 AGENT_TRIES = 6
 HEARTBEAT = 20.0  # seconds: a connection that is silently gone is noticed
@@ -111,8 +113,10 @@ class Job:
 class _Client(JobSubmissionClient):
     """Ray's own client waits without end for a host that does not answer."""
 
+    has_answered = False
+
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        options.setdefault("timeout", TIMEOUT)
+        options.setdefault("timeout", (CONNECT_SECONDS, ANSWER_SECONDS if self.has_answered else FIRST_SECONDS))
         return super()._do_request(method, endpoint, **options)
 
 
@@ -128,6 +132,7 @@ class Cluster:
         with self._explained(), _only_address(self.address):
             self._client = _Client(self.address, headers=dict(self._headers))
             self.ray_version = str(self._client._do_request("GET", "/api/version").json()["ray_version"])
+            self._client.has_answered = True
 
     def jobs(self) -> list[Job]:
         """The jobs that this package sent, oldest first."""
@@ -257,14 +262,13 @@ class Cluster:
     @contextlib.asynccontextmanager
     async def _tail(self, name: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
         # Ray's own tail_job_logs has no heartbeat: a connection that a router forgot would be waited on for ever.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT[0])
-        async with (
-            aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session,
-            session.ws_connect(
-                f"{self.address}/api/jobs/{name}/logs/tail", heartbeat=HEARTBEAT, max_msg_size=0
-            ) as socket,
-        ):
-            yield socket
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+        place = f"{self.address}/api/jobs/{name}/logs/tail"
+        async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session:
+            # Nor is one that is accepted and never answered an end of the wait.
+            opening = session.ws_connect(place, heartbeat=HEARTBEAT, max_msg_size=0)
+            async with await asyncio.wait_for(opening, ANSWER_SECONDS) as socket:
+                yield socket
 
 
 class _Follower:

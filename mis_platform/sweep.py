@@ -37,7 +37,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from mis_platform import drawing, figures, jobs, pipeline, report, tracking
 from mis_platform.artifacts import Stage, check_code, check_identity, check_missing, code_of, read_manifest, walk
 from mis_platform.comparison import Comparison, Outcome, check_protocols, compare, render
-from mis_platform.config import TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
+from mis_platform.config import PIN, TRAINED, Resources, Run, fingerprint, flatten, plain, with_values
 from mis_platform.data import synthetic
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.data.labels import labelled_subset
@@ -262,7 +262,8 @@ def _as_row(task: Task, row: Row) -> Task:
 def _absolute(run: Run) -> Run:
     """Weights by absolute paths: a trial has a working directory of its own."""
     paths = {"features.weights": run.features.weights, "model.init_weights": run.model.init_weights}
-    given = {name: os.path.abspath(os.path.expanduser(path)) for name, path in paths.items() if path is not None}
+    files = {name: path for name, path in paths.items() if path is not None and not path.startswith(PIN)}
+    given = {name: os.path.abspath(os.path.expanduser(path)) for name, path in files.items()}
     found: Run = with_values(run, given)
     return found
 

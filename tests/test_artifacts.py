@@ -18,6 +18,7 @@ from mis_platform.artifacts import (
     Output,
     Part,
     Stage,
+    check_missing,
     code_of,
     combine_digests,
     ensure,
@@ -26,6 +27,7 @@ from mis_platform.artifacts import (
     walk,
 )
 from mis_platform.config import SamplingConfig, fingerprint
+from mis_platform.errors import DataError
 from mis_platform.leases import hold
 from mis_platform.storage import Storage, StorageError
 
@@ -57,6 +59,31 @@ def test_what_is_missing_runs_once_inputs_first(tmp_path: Path) -> None:
     assert ensure(table, root) == out
     assert len(calls) == 4
     assert [stage.name for stage in walk(table)] == ["trees", "left", "right", "table"]
+
+
+def test_a_root_holds_to_the_weights_that_it_was_begun_with(tmp_path: Path) -> None:
+    """Those of the hub, where a file may be exchanged without a word."""
+
+    def stage(weights: bytes) -> Stage:
+        digest = sha256(weights)
+        made = counting_stage("trees", calls, config={"weights": digest})
+        return dataclasses.replace(made, downloads={"timm/x/model.safetensors": digest})
+
+    calls: list[str] = []
+    root, one, other = Storage(str(tmp_path / "root")), stage(b"1"), stage(b"2")
+    check_missing(one, root)  # that alone is no use of it
+    check_missing(other, root)
+    begun = ensure(one, root)
+    for refused in (check_missing, ensure):
+        with pytest.raises(DataError, match=f"has the SHA-256 {sha256(b'2')} here, and {sha256(b'1')} when") as told:
+            refused(other, root)
+        assert "\n" not in str(told.value)
+    assert not other.directory(root).names()
+    assert ensure(stage(b"1"), root) == begun
+    ensure(other, Storage(str(tmp_path / "another")))  # begins with what there is now
+    root.child("downloads").remove("timm--x--model.safetensors.sha256")
+    ensure(other, root)
+    assert calls == ["trees"] * 3
 
 
 def test_a_finished_stage_does_not_need_its_inputs(tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from commands import mis
@@ -179,6 +183,34 @@ def test_who_may_talk_to_whom(source, target, port, expected):
     assert may_reach(source, target, port) is expected
 
 
+def manifests_and_pods(value: Any) -> Iterator[dict[str, Any]]:
+    """A manifest of Kubernetes' own; of KubeRay's, whose schema is in no Python package, the pods that it makes."""
+    if isinstance(value, dict):
+        if not str(value.get("apiVersion", "ray.io/v1")).startswith("ray.io/"):
+            yield value
+            return
+        for key in {"template", "submitterPodTemplate"} & set(value):
+            about = {"name": "x", **value[key].get("metadata", {})}
+            yield {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": value[key]["spec"]}
+    for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from manifests_and_pods(below)
+
+
+def test_manifests_are_what_kubernetes_accepts():
+    """Strictly: an unknown key is an error. By the schemas of the newest release that the package has."""
+    files = sorted(BASE.parent.glob("*.yaml"))
+    found = [
+        each for file in files for part in yaml.safe_load_all(file.read_text()) for each in manifests_and_pods(part)
+    ]
+    assert Counter(each["kind"] == "Pod" for each in found) == {False: 14, True: 11}
+    for each in found:
+        kubernetes_validate.validate(each, "1.37", strict=True)
+    *_, pod = found
+    for spoiled in ({**pod["spec"], "hostNetwrk": True}, {**pod["spec"], "containers": [{"image": "x"}]}):
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate({**pod, "spec": spoiled}, "1.37", strict=True)
+
+
 def test_submitters_have_the_label_that_lets_them_in():
     for name in ("precompute", "sweep"):
         spec = yaml.safe_load((CLUSTER / f"kuberay/rayjob-{name}.yaml").read_text())["spec"]
@@ -265,6 +297,54 @@ INTO_RAY = '    - from: [{podSelector: {matchLabels: {ray.io/is-ray-node: "yes"}
 OUT_OF_RAY = '    - to: [{podSelector: {matchLabels: {ray.io/is-ray-node: "yes"}}}]\n'
 
 # file, what it says, what it says instead, the key that is named, and what is said of it
+STOP = "  - ray stop"  # the first command of head and workers
+BIND = "ray start --head --dashboard-host=0.0.0.0 --autoscaling-config=x"
+
+
+def command(text: str) -> str:
+    """In the place of STOP."""
+    return f"  - {json.dumps(text)}"
+
+
+def nested(text: str, depth: int) -> str:
+    """In so many shells."""
+    return nested(f"sh -c {shlex.quote(text)}", depth - 1) if depth else text
+
+
+PUBLIC = [
+    f'bash -lc "{BIND}"',
+    f"sh -c '{BIND}'",
+    f"sudo -u ray /bin/bash -l -o pipefail -ec 'ulimit -n 9; exec {BIND}' && true",
+    f'su - ray -c "{BIND}"',
+    f"su ray --command='{BIND}'",
+    f'eval "{BIND}"',
+    f"ssh host '{BIND}'",
+    f"docker exec x bash -c '{BIND}'",
+    f'bash -c "true && sh -c \\"{BIND}\\""',
+    nested(BIND, 5),
+    f"({BIND})",
+    f"nohup $({BIND})",
+    BIND.replace("ray start", "/opt/ray/bin/ray start"),
+    BIND.replace("ray start", "python -m ray.scripts.scripts start"),
+]
+WITHOUT_TOKEN = [
+    "bash -lc 'RAY_AUTH_MODE=disabled ray start --head'",
+    "RAY_AUTH_MODE=disabled bash -c 'ray start --head'",
+    "bash -c 'export RAY_AUTH_MODE=no; ray start --head'",
+    "sh -c \"unset RAY_AUTH_MODE && bash -c 'ray start --head'\"",
+]
+OTHER_RAYS = [
+    "bash -lc 'pip install -U ray==2.9.0'",
+    'bash -lc "pip install \\"ray[default]==2.9.0\\""',
+    'sh -c \'bash -c "pip install -U \\"ray[data]\\""\'',
+]
+MOVING = [
+    ("bash -lc 'docker pull minio/minio:latest'", "tag latest"),
+    ("docker run --rm -v /a:/b registry.example:5000/mis:main mis list", "tag main"),
+    ('bash -c "podman create \\"mis:nightly\\""', "tag nightly"),
+    ("eval docker pull rayproject/ray:2.9.0", "has Ray 2.9.0"),
+    ("sh -c 'docker pull rayproject/ray-ml:2.9.0'", "ray-ml images are no longer built"),
+]
 TABLE = [
     # B43, the seven
     (AWS, ", GPU: 1", ", GPU: 0", TYPES, "no GPU in any node type"),
@@ -569,6 +649,16 @@ TABLE = [
     (GCP, "ulimit -n 65536; ray", 'RAY_AUTH_MODE="disabled"; ray', OPTIONS, "no authentication"),
     (AWS, "    - -e RAY_AUTH_MODE=token\n", "    - --init\n", OPTIONS, "no authentication"),
     (AWS, "; ray start", "; export RAY_AUTH_MODE=token; ray start", "", ""),
+    # what is quoted for other shells, or starts Ray by another name
+    *((AWS, STOP, command(text), "head_start_ray_commands", "listens on 0.0.0.0") for text in PUBLIC),
+    (HOSTS, STOP, command(PUBLIC[0]), "worker_start_ray_commands", "listens on 0.0.0.0"),
+    *((AWS, STOP, command(text), OPTIONS, "no authentication") for text in WITHOUT_TOKEN),
+    *((GCP, STOP, command(text), "head_start_ray_commands.0", OTHER) for text in OTHER_RAYS),
+    *((GCP, STOP, command(text), "head_start_ray_commands.0", told) for text, told in MOVING),
+    (AWS, STOP, command("bash -lc 'docker pull redis:7.4; docker run -v /a:/b --network=x:latest redis:7.4'"), "", ""),
+    (AWS, STOP, command("bash -lc 'export RAY_AUTH_MODE=no; ray stop'"), "", ""),  # told to nobody who starts Ray
+    (AWS, STOP, command("echo 'docker: pull from registry:latest'"), "", ""),
+    (AWS, STOP, command("bash -c 'ray start --dashboard-host=0.0.0.0"), "", ""),  # the shell itself refuses it
     (AWS, "/home/ray/.ray/auth_token:", "/tmp/auth_token:", "file_mounts", "no token reaches the nodes"),
     (
         AWS,

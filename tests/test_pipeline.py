@@ -1,20 +1,23 @@
 """What decides a checkpoint: its identity under trees, under labels, and with a pretraining."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from training_material import make_labelled, tiny_run
 
-from mis_platform import jobs, pipeline
-from mis_platform.artifacts import Stage, ensure
-from mis_platform.config import Resources, Run, override
+from mis_platform import jobs, pipeline, sweep
+from mis_platform.artifacts import Stage, ensure, sha256
+from mis_platform.config import FeaturesConfig, Resources, Run, override
 from mis_platform.data.benchmarks import Dataset
 from mis_platform.errors import DataError
-from mis_platform.model.weights import load_model, read_config
+from mis_platform.model.features import weights_file
+from mis_platform.model.weights import load_model, mae_file, read_config
 from mis_platform.report import read_history
 from mis_platform.stages.training_loop import initial_model
 from mis_platform.storage import Storage
@@ -174,3 +177,82 @@ def test_fine_tuning_on_labels_starts_from_the_pretrained_weights(
     assert not torch.allclose(unlike["head.fusion_conv.conv.weight"], found["head.fusion_conv.conv.weight"])
     assert not root.exists("trees")
     assert jobs.train(labelled, run, resources, root, pretraining=start) == directory
+
+
+# -- weights of the hub ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], str]:
+    """Puts a file into a cache of the hub's own form, as its newest revision; its SHA-256. The hub is out of reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def put(repository: str, content: bytes) -> str:
+        digest = sha256(content)
+        folder, revision = tmp_path / "hub" / f"models--{repository.replace('/', '--')}", digest[:40]
+        for name in ("blobs", "refs", f"snapshots/{revision}"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text(revision)
+        (folder / "blobs" / digest).write_bytes(content)
+        (folder / "snapshots" / revision / "model.safetensors").symlink_to(folder / "blobs" / digest)
+        return digest
+
+    return put
+
+
+DINO, MAE = "timm/vit_small_patch8_224.dino", "timm/vit_base_patch16_224.mae"
+
+
+def test_a_pin_is_no_other_run(labelled: Dataset, hub_cache: Callable[[str, bytes], str]) -> None:
+    """What the hub gave decides, not how it was asked for: unpinned, pinned, or as a file."""
+    digests = hub_cache(DINO, b"dino"), hub_cache(MAE, b"mae")
+    run = override(Run(), ['eval_datasets=["grabcut"]'])
+    pinned = override(run, [f"features.weights=sha256:{digests[0]}", f"model.init_weights=sha256:{digests[1]}"])
+    one, other = (pipeline.checkpoint_stage(labelled, each, Resources(), lambda *_: None) for each in (run, pinned))
+    assert one.fingerprint == other.fingerprint
+    assert sweep._absolute(pinned) == pinned  # no path to be made absolute for a trial
+    assert one.downloads == other.downloads == {f"{MAE}/model.safetensors": digests[1]}
+    assert one.inputs["trees"].downloads == {f"{DINO}/model.safetensors": digests[0]}
+    files = override(run, [f"features.weights={labelled.root}/dino.pth", f"model.init_weights={labelled.root}/mae.pth"])
+    (labelled.root / "dino.pth").write_bytes(b"dino")
+    (labelled.root / "mae.pth").write_bytes(b"mae")
+    given = pipeline.checkpoint_stage(labelled, files, Resources(), lambda *_: None)
+    assert given.fingerprint == one.fingerprint
+    assert given.downloads == given.inputs["trees"].downloads == {}  # a file is the user's own choice
+
+
+def test_workers_take_no_other_weights_than_the_address_says(
+    labelled: Dataset, hub_cache: Callable[[str, bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that fetches later, when the hub has other weights, must not make a part of the same artifact."""
+    first = hub_cache(DINO, b"dino"), hub_cache(MAE, b"mae")
+    given: list[str | None] = []
+    monkeypatch.setattr("mis_platform.stages.precompute.precompute", lambda _, features, *__: given.append(features))
+    monkeypatch.setattr("mis_platform.stages.train.train", lambda _, run, *__: given.append(run))
+    stage = pipeline.checkpoint_stage(labelled, Run(), Resources(), lambda *_: None)
+    trees = stage.inputs["trees"]
+    trees.run({}, Storage(str(labelled.root)))
+    stage.run({}, Storage(str(labelled.root)))
+    features, run = given
+    assert weights_file(features).read_bytes() == b"dino"
+    assert mae_file("vit_b", run.model.init_weights).read_bytes() == b"mae"
+    hub_cache(DINO, b"exchanged"), hub_cache(MAE, b"exchanged")
+    assert weights_file(FeaturesConfig()).read_bytes() == b"exchanged"
+    assert weights_file(features).read_bytes() == b"dino"  # the cache still has it
+    assert mae_file("vit_b", run.model.init_weights).read_bytes() == b"mae"
+    for blob in labelled.root.parent.rglob("blobs/*"):
+        if blob.name in first:
+            blob.unlink()  # as on a node that never had it
+    with pytest.raises(ValueError, match=DINO):
+        weights_file(features)
+    with pytest.raises(ValueError, match=MAE):
+        mae_file("vit_b", run.model.init_weights)
+
+
+@pytest.mark.parametrize("wrong", ["sha256:", "sha256:abc", f"sha256:{'G' * 64}", f"sha256:{'A' * 64}"])
+def test_a_pin_has_all_its_digits(wrong: str) -> None:
+    for name in ("features.weights", "model.init_weights"):
+        with pytest.raises(ValueError, match="64 hexadecimal digits") as told:
+            override(Run(), [f"{name}={wrong}"])
+        assert "\n" not in str(told.value)

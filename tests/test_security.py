@@ -22,6 +22,8 @@ import pytest
 import ray
 from commands import mis
 from hostile_files import encoded, hostile_photos, picture, write_all
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from mis_platform import tracking
@@ -506,3 +508,24 @@ def test_versions_with_known_holes_are_ruled_out(package: str) -> None:
     assert lowest is not None
     for version in (lowest.group(1), pinned.group(1), importlib.metadata.version(package)):
         assert tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= floor, version
+
+
+def test_constraints_pin_all_that_is_needed() -> None:
+    """With what needs it in turn, tests and all; what a package needs besides depends on the machine (its GPU)."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if re.search(r"==\d", line)}
+    needed = [Requirement(each) for each in [*project["dependencies"], *project["optional-dependencies"]["test"]]]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while needed:
+        each = needed.pop()
+        key = (canonicalize_name(each.name), frozenset(each.extras or {""}))
+        if key not in seen:
+            seen.add(key)
+            further = map(Requirement, importlib.metadata.distribution(each.name).requires or [])
+            needed += [
+                new for new in further if not new.marker or any(new.marker.evaluate({"extra": x}) for x in key[1])
+            ]
+    names = {name for name, _ in seen if not name.startswith(("nvidia-", "cuda-", "triton"))} - {"setuptools"}
+    assert names - pinned == set()
+    assert len(names) > 150

@@ -14,12 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import ray
 import requests
+from commands import mis as run_mis
 
 import mis_platform
 from mis_platform import submission
@@ -217,6 +218,84 @@ def test_a_head_whose_port_another_ray_holds_is_told_with_the_cure():
         with pytest.raises(ConnectionError, match="ray start --dashboard-agent-listen-port"), cluster._explained():
             cluster._send(entrypoint="true")
         server.shutdown()
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A port of the loopback address where connections are accepted and nothing is ever answered."""
+    accepted: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted.append(server.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    for each in accepted:
+        each.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["submit", "--address", "ADDRESS", "--", "list"],
+        ["status", "--address", "ADDRESS"],
+        ["status", "mis-x", "--address", "ADDRESS"],
+        ["logs", "mis-x", "--address", "ADDRESS"],
+        ["logs", "mis-x", "--follow", "--address", "ADDRESS"],
+        ["stop", "mis-x", "--address", "ADDRESS"],
+    ],
+)
+def test_a_head_that_accepts_and_never_answers_is_told_in_a_line(words, silent, bare, monkeypatch, capsys):
+    assert submission.CONNECT_SECONDS + submission.FIRST_SECONDS <= 30  # what it takes at most
+    monkeypatch.setattr(submission, "FIRST_SECONDS", 0.3)
+    address = f"http://127.0.0.1:{silent}"
+    began = time.monotonic()
+    assert run_mis(*(word.replace("ADDRESS", address) for word in words)) == 6
+    assert time.monotonic() - began < 5
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert told == [
+        f"Error: no Ray cluster answers at {address} (it does not answer in time); is it running, does a tunnel lead "
+        "there?"
+    ]
+
+
+class HeadWithoutTail(HeadWithoutAgent):
+    """What answers every question but that for the log's end, while a job runs and is soon over."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/tail"):
+            time.sleep(30)
+        elif self.path.endswith("/logs"):
+            self.answer(200, json.dumps({"logs": "all of it"}))
+        elif "/jobs/" in self.path:
+            type(self).asked += 1
+            status = "RUNNING" if self.asked < 3 else "SUCCEEDED"
+            job = {"type": "SUBMISSION", "submission_id": "mis-x", "status": status, "entrypoint": "true"}
+            self.answer(200, json.dumps(job))
+        else:
+            super().do_GET()
+
+
+@pytest.mark.timeout(60)
+def test_a_log_whose_end_never_comes_is_given_up_with_its_job(monkeypatch, capsys):
+    monkeypatch.setattr(submission, "ANSWER_SECONDS", 0.3)
+    with ThreadingHTTPServer(("127.0.0.1", 0), HeadWithoutTail) as server:
+        server.daemon_threads = True
+        server.block_on_close = False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        job = Cluster(f"http://127.0.0.1:{server.server_port}").follow("mis-x")
+        assert time.monotonic() - began < 10
+        server.shutdown()
+    assert job.exit_code == 0
+    assert capsys.readouterr().out == "all of it\n"
 
 
 # -- on a real cluster -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from mis_platform.cluster_files.documents import Document
 from mis_platform.cluster_files.findings import ERROR, WARNING, Finding, Path, shown
+from mis_platform.cluster_files.shell import images, scripts
 from mis_platform.redaction import SECRET_NAME
 
 PLACEHOLDER = "CHANGE-ME"
@@ -135,9 +136,15 @@ def everywhere(document: Document) -> Iterator[Finding]:
         if "ray://" in value:
             problem = "ray:// is Ray Client: a lost connection loses the run, and its port runs any code"
             yield Finding(document.file, path, problem, "submit a job instead: mis submit -- ...")
-        if installs_another_ray(value, is_list=path[-1:] == ("runtimeEnvYAML",)):
+        is_list = path[-1:] == ("runtimeEnvYAML",)
+        if any(installs_another_ray(script, is_list) for script in scripts(value)):
             problem = f"installs another Ray than that of this machine, {installed_ray()}"
             yield Finding(document.file, path, problem, "remove it: Ray is in the image")
+        for name in images(value):
+            repository = _split_image(name)[0]
+            runs_ray = repository.endswith("rayproject/ray") or repository.rpartition("/")[2].startswith("ray-ml")
+            if runs_ray or MOVING_TAGS.search(_split_image(name)[1]):
+                yield from image(document.file, path, name, runs_ray)
         if PLACEHOLDER in value:
             open_places.append(path)
         yield from _secret(document, path, value)

@@ -416,13 +416,18 @@ def _open_folder(name: str, layout: Layout, root: Path, images: Path, masks: Pat
     mask_listing = list_images(masks, recursive=False) if is_labelled else None
     mask_names = [file for _, file in mask_listing.images] if mask_listing else []
     folder = "" if images == root else f"{images.relative_to(root).as_posix()}/"
-    names = {image_id: folder + file for image_id, file in listing.images}
+    # Of ten million photos every index counts: one by id is made only where there are masks to match.
+    names = {image_id: folder + file for image_id, file in listing.images} if mask_names else {}
     owned, extra = _match_masks(names, mask_names, layout.numbered) if mask_names else ({}, [])
     samples = tuple(
-        Sample(image_id, file, tuple(MaskFile(key, f"{layout.masks}/{mask}") for key, mask in owned.get(image_id, ())))
-        for image_id, file in names.items()
+        Sample(
+            image_id,
+            folder + file,
+            tuple(MaskFile(key, f"{layout.masks}/{mask}") for key, mask in owned.get(image_id, ())),
+        )
+        for image_id, file in listing.images
     )
-    repeated = [(key, file) for key, file in names.items() if Path(key).name == Path(file).name]
+    repeated = [(key, file) for key, file, _ in samples if key.rpartition("/")[2] == file.rpartition("/")[2]]
     notes = [Problem("duplicate stem", file, f"its id is {key!r}") for key, file in repeated]
     notes += [Problem("extra mask", f"{layout.masks}/{mask}", "it fits no image") for mask in extra]
     if mask_listing:

@@ -54,7 +54,7 @@ def decode_parquet(data: bytes, schema: pa.Schema, max_bytes: int = MAX_PART_BYT
         file = pq.ParquetFile(pa.BufferReader(data))
         if not file.schema_arrow.equals(schema):
             raise ValueError(f"columns {_columns(file.schema_arrow)} where {_columns(schema)} are expected")
-        groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+        groups = [_row_group(file, k) for k in range(file.metadata.num_row_groups)]
         values = sum(group.column(k).num_values for group in groups for k in range(group.num_columns))
         unpacked = max(sum(group.total_byte_size for group in groups), values * np.dtype(np.int32).itemsize)
         if unpacked > max_bytes:
@@ -62,6 +62,18 @@ def decode_parquet(data: bytes, schema: pa.Schema, max_bytes: int = MAX_PART_BYT
         return file.read()
     except OSError as error:  # in memory, an OSError is a damaged file
         raise ValueError(str(error)) from None
+
+
+def _row_group(file: pq.ParquetFile, number: int) -> pq.RowGroupMetaData:
+    """What the file says of a row group. Raises OSError.
+
+    pyarrow reads a column's entry when it is asked for it, and ends the process over one that contradicts itself; when
+    a reader of the columns is made, which reads no value until it is asked, that is an error like others.
+    """
+    columns = list(range(file.metadata.num_columns))
+    for _ in file.reader.iter_batches(0, row_groups=[number], column_indices=columns, use_threads=False):
+        raise AssertionError("a batch of no rows")
+    return file.metadata.row_group(number)
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -188,7 +188,8 @@ def build_extractor(config: FeaturesConfig, device: str = "cpu") -> Extractor:
 
 
 def weights_file(config: FeaturesConfig) -> Path:
-    """Where the weights of a network extractor are: features.weights, or timm's file in the hub's cache.
+    """Where the weights of a network extractor are: features.weights, or timm's file in the hub's cache (sha256:HEX: if
+    that is its digest).
 
     Of a folder, the file that is called as the extractor (.safetensors or .pth) or as its authors call it: extractors
     that are compared have one setting in common.
@@ -196,8 +197,8 @@ def weights_file(config: FeaturesConfig) -> Path:
     Downloads timm's file if it is missing. Raises, within seconds, DataError for a features.weights that is not there
     and ValueError for weights that the hub cannot give; both say how to get them.
     """
-    backbone = BACKBONES[config.extractor]
-    if config.weights is not None:
+    backbone, pin = BACKBONES[config.extractor], hub.pin_of(config.weights)
+    if config.weights is not None and pin is None:
         path = Path(config.weights)
         names = [f"{config.extractor}.safetensors", f"{config.extractor}.pth", backbone.original.rpartition("/")[2]]
         found = [file for file in ((path / name for name in names) if path.is_dir() else [path]) if file.is_file()]
@@ -206,7 +207,7 @@ def weights_file(config: FeaturesConfig) -> Path:
             raise DataError(f"features.weights: there is no file at {where}. {_how_to_get(backbone)}")
         return found[0]
     try:
-        return hub.fetch(backbone.repository, _HUB_FILE)
+        return hub.fetch(backbone.repository, _HUB_FILE, pin)
     except ConnectionError as error:
         raise ValueError(
             f"no weights for features.extractor={config.extractor}: {error}. {_how_to_get(backbone)}"
@@ -228,6 +229,14 @@ def features_identity(config: FeaturesConfig) -> dict[str, Any]:
     """
     read = FeaturesConfig(extractor=WITHOUT_WEIGHTS) if config.extractor == WITHOUT_WEIGHTS else config
     return plain(read) | {"weights": weights_digest(config)}
+
+
+def hub_file(config: FeaturesConfig) -> str | None:
+    """REPOSITORY/FILE of the hub that the features are made with; None where they need none, or are given a path."""
+    is_ours = config.weights is None or hub.pin_of(config.weights) is not None
+    if config.extractor == WITHOUT_WEIGHTS or not is_ours:
+        return None
+    return f"{BACKBONES[config.extractor].repository}/{_HUB_FILE}"
 
 
 def weights_digest(config: FeaturesConfig) -> str:

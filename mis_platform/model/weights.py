@@ -251,13 +251,13 @@ def _wanted_directory(state: Mapping[str, Tensor]) -> str:
 def load_mae(model: SimpleClick, source: str | Path | None = None) -> None:
     """Initialise the backbone of `model`, in place, from MAE-pretrained weights; all other parts stay as they are.
 
-    source: a file in MAE's own format (a dict with key "model") or timm's (flat), .pth or .safetensors; None fetches
-    timm's file from the Hugging Face hub, or takes it from the hub's cache. The position embedding is resized
-    bicubically from the 14x14 (ViT-H: 16x16) patches of MAE to the model's grid, its class entry kept. MAE's final
-    norm is left out. Raises ValueError if the file cannot be had, is something else (a click model, a supervised
+    source: a file in MAE's own format (a dict with key "model") or timm's (flat), .pth or .safetensors; None, and a pin
+    "sha256:HEX", fetch timm's file from the Hugging Face hub, or take it from the hub's cache. The position embedding
+    is resized bicubically from the 14x14 (ViT-H: 16x16) patches of MAE to the model's grid, its class entry kept. MAE's
+    final norm is left out. Raises ValueError if the file cannot be had, is something else (a click model, a supervised
     classifier), or does not fit.
     """
-    path = fetch_mae(model.variant) if source is None else Path(source)
+    path = mae_file(model.variant, None if source is None else str(source))
     load_mae_state(model, read_state_dict(path), path)
 
 
@@ -294,16 +294,28 @@ def _mae_shapes(model: SimpleClick) -> Shapes:
     return shapes
 
 
-def fetch_mae(variant: str) -> Path:
+def mae_file(variant: str, source: str | None) -> Path:
+    """The file that model.init_weights=`source` asks for. Raises as `fetch_mae`; whether a path exists is not asked."""
+    pin = hub.pin_of(source)
+    return Path(source) if source is not None and pin is None else fetch_mae(variant, pin)
+
+
+def mae_hub_file(variant: str, source: str | None) -> str | None:
+    """REPOSITORY/FILE of the hub where `mae_file` gets it; None for a path."""
+    return f"{MAE_REPOSITORIES[variant]}/{WEIGHTS_FILE}" if source is None or hub.pin_of(source) is not None else None
+
+
+def fetch_mae(variant: str, sha256: str | None = None) -> Path:
     """timm's MAE weights of `variant` ("vit_b", "vit_l", "vit_h"), from the hub's cache or the hub.
 
-    Raises ValueError, within seconds, that says how to get them.
+    sha256: of the file that is wanted; default: whichever the cache has, else the hub. Raises ValueError, within
+    seconds, that says how to get them.
     """
     if variant not in MAE_REPOSITORIES:
         raise ValueError(f"there are no MAE weights for {variant}; there are for: {', '.join(MAE_REPOSITORIES)}")
     repository = MAE_REPOSITORIES[variant]
     try:
-        return hub.fetch(repository, WEIGHTS_FILE)
+        return hub.fetch(repository, WEIGHTS_FILE, sha256)
     except ConnectionError as error:
         raise ValueError(
             f"there are no MAE weights for {variant} at hand: {error}. "

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 import torch
+from ray._private.services import canonicalize_bootstrap_address
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -36,6 +37,8 @@ CPU_SHARE = 0.9  # of the CPUs that workers reserve; the rest is for drivers, wh
 PATIENCE = 60  # seconds for which Ray waits for a head to come back, unless this variable of its own says otherwise
 PATIENCE_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 LOST_SHARE = 0.75  # of them, after which we leave: at their end Ray ends our process, with a code and a text of its own
+JOIN_SECONDS = 25.0  # for the head of a cluster that is joined to answer; it may be starting
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # a gRPC client's; a server has its own
 # Port 0 is a free one: at 8265, where `mis submit` looks, there is only a head that somebody started on purpose.
 LOCAL = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
 
@@ -55,7 +58,7 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
     of stopped trials are only cleaned up while its state API answers.
     When the head of a cluster that was joined is lost, the command line leaves with a line that says so; elsewhere Ray
     ends the process a little later, see `_head_watched`.
-    Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token.
+    Raises ValueError for a RAY_ADDRESS beyond loopback that asks for no token, ConnectionError when nobody answers.
     """
     global _raylet
     if ray.is_initialized():
@@ -73,6 +76,7 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
     address = os.environ.get("RAY_ADDRESS")
     if address:
         check_ray_address(address)
+        _check_head(address)
     else:  # a process less for each training: what takes this machine away ends us, too
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options: dict[str, Any] = {} if address else LOCAL
@@ -89,6 +93,32 @@ def cluster(root: Storage | None = None, dataset: Dataset | None = None) -> Iter
         finally:
             _raylet = None
             ray.shutdown()
+
+
+def _check_head(address: str) -> None:
+    """Raises ConnectionError when no head answers at HOST:PORT within JOIN_SECONDS.
+
+    Ray asks for minutes, in log lines of its own, and without end where connections are accepted and never answered.
+    """
+    found = canonicalize_bootstrap_address(address)  # where Ray will look: for a loopback address, this node's own
+    if not found or os.environ.get("RAY_USE_TLS", "").lower() in {"1", "true"}:
+        return
+    until = time.monotonic() + JOIN_SECONDS
+    while not _is_answering(found, max(0.1, until - time.monotonic())):
+        if time.monotonic() >= until:
+            raise ConnectionError(f"no Ray cluster answers at {address}; is it running, does a tunnel lead there?")
+        time.sleep(0.5)
+
+
+def _is_answering(address: str, seconds: float) -> bool:
+    """Whether what listens at HOST:PORT answers a gRPC client with at least a byte."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), seconds) as head:
+            head.sendall(GREETING)
+            return bool(head.recv(1))
+    except OSError:
+        return False
 
 
 def is_lost() -> bool:

@@ -1,5 +1,6 @@
 """Weights from the hub are what the hub said they are."""
 
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -55,8 +56,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        self.do_HEAD()
-        self.wfile.write(self.server.content)
+        self.server.asked.append(self.headers["Range"])
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if self.headers["Range"] else 0
+        content, size = self.server.content[start:], self.server.size - start
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(size))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{self.server.size - 1}/{self.server.size}")
+        self.end_headers()
+        self.wfile.write(content[: self.server.cuts.pop(0) if self.server.cuts else None])
+        self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -66,10 +75,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.content, server.size, server.digest = CONTENT, len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
+        server.asked, server.cuts = [], []  # the Range of each question; bytes after which answers break off
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         place = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+        monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
         yield server
         server.shutdown()
 
@@ -102,3 +113,75 @@ def test_what_is_too_large_or_without_a_digest_is_not_fetched(
         hub.fetch(REPOSITORY, "model.safetensors")
     assert not list(tmp_path.rglob("*.incomplete"))
     assert not list(tmp_path.rglob("blobs/*"))
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_was(server: http.server.ThreadingHTTPServer) -> None:
+    server.cuts = [3000]
+    assert hub.fetch(REPOSITORY, "model.safetensors").read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=3000-"]
+
+
+def test_two_halves_of_different_files_are_no_file(
+    server: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file on the hub is exchanged while it is fetched."""
+    server.cuts = [3000]
+    monkeypatch.setattr("time.sleep", lambda _: setattr(server, "content", b"W" * len(CONTENT)))
+    with pytest.raises(ConnectionError, match="is damaged: remove it"):
+        hub.fetch(REPOSITORY, "model.safetensors")
+    with pytest.raises(ConnectionError, match="is damaged: remove it"):
+        hub.fetch(REPOSITORY, "model.safetensors")
+
+
+def test_a_server_that_sends_more_than_it_said_is_left(
+    server: http.server.ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size that it says passes; the one that it sends does not, and is not written to its end."""
+    monkeypatch.setattr(hub, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(Hub, "do_GET", lambda handler: endless(handler))
+    with pytest.raises(ConnectionError, match="more than 10000 bytes were sent"):
+        hub.fetch(REPOSITORY, "model.safetensors")
+    assert not [path for path in tmp_path.rglob("blobs/*") if path.stat().st_size]
+
+
+def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.end_headers()  # without a length: until the connection is closed
+    with contextlib.suppress(OSError):
+        for _ in range(100_000):
+            handler.wfile.write(b"x" * 4096)
+
+
+@pytest.mark.parametrize("place", ["http://example.invalid/{repo_id}", "ftp://example.invalid/{repo_id}"])
+def test_only_https_leaves_this_machine(place: str, server: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+    with pytest.raises(ConnectionError, match=r"example\.invalid is not https"):
+        hub.fetch(REPOSITORY, "model.safetensors")
+
+
+# -- pinned ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pinned_file_is_taken_and_no_other(server: http.server.ThreadingHTTPServer) -> None:
+    other = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(ConnectionError, match=f"has the SHA-256 {server.digest}, not {other}, which is wanted") as told:
+        hub.fetch(REPOSITORY, "model.safetensors", other)
+    assert "\n" not in str(told.value)
+    assert not server.asked  # nothing of it was fetched
+    assert hub.fetch(REPOSITORY, "model.safetensors", server.digest).read_bytes() == CONTENT
+    with pytest.raises(ConnectionError, match=f"not {other}"):  # neither what is in the cache by now
+        hub.fetch(REPOSITORY, "model.safetensors", other)
+
+
+def test_a_pinned_file_is_found_in_an_older_revision(blob: Path) -> None:
+    newer = blob.parent / hashlib.sha256(b"newer").hexdigest()
+    newer.write_bytes(b"newer")
+    revision = blob.parents[1] / "snapshots" / ("1" * 40)
+    revision.mkdir()
+    (revision / "model.safetensors").symlink_to(newer)
+    (blob.parents[1] / "refs" / "main").write_text("1" * 40)
+    assert hub.fetch(REPOSITORY, "model.safetensors").read_bytes() == b"newer"
+    assert hub.fetch(REPOSITORY, "model.safetensors", blob.name).read_bytes() == blob.read_bytes()
+    blob.write_bytes(b"damaged")
+    with pytest.raises(ConnectionError, match="is damaged: remove it"):
+        hub.fetch(REPOSITORY, "model.safetensors", blob.name)

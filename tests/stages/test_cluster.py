@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 import pytest
 import ray
+from commands import mis
+from ray._private import services
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.state import list_placement_groups
 
@@ -108,6 +110,39 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(address: str | None, told
     with pytest.raises(ConnectionError) as caught, cluster._start_explained(address):
         raise RuntimeError("not up\nand much more")
     assert str(caught.value) == told
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("accepts", [True, False], ids=["silent", "refused"])
+def test_a_head_that_does_not_answer_is_told_in_a_line(
+    accepts: bool,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Ray itself would ask for minutes, and where it is accepted and never answered without end."""
+    assert cluster.JOIN_SECONDS <= 30
+    here = services.canonicalize_bootstrap_address("127.0.0.1:1").rpartition(":")[0]  # where Ray looks for that one
+    with listen(here) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        if not accepts:
+            head.close()
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(cluster, "JOIN_SECONDS", 1.0)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", None)
+        words = ["precompute", "--dataset", f"folder:{photo_folder}", "--root", str(tmp_path / "root")]
+        began = time.monotonic()
+        assert mis(*words, "--set", "features.extractor=color_texture") == 6
+        assert 1 <= time.monotonic() - began < 20
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Error")]
+    assert told == [f"Error: no Ray cluster answers at {address}; is it running, does a tunnel lead there?"]
+
+
+@pytest.mark.ray
+def test_a_head_answers(ray_cluster: None) -> None:
+    assert cluster._is_answering(ray.get_runtime_context().gcs_address, 20)
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
