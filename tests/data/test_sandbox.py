@@ -192,8 +192,8 @@ DEATHS = {
 
 def test_however_a_decoder_ends_the_next_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = "".join(f"    if content == {content!r}: {what}\n" for content, (what, _, _) in DEATHS.items())
-    decoder = f"import time\ndef read_image(content, **limits):\n{cases}    return real(content, **limits)\n"
-    start = f"{SERVE}real = sandbox.images.read_image\n{decoder}sandbox.images.read_image = read_image\n"
+    decoder = f"import time\ndef read_picture(content, **limits):\n{cases}    return real(content, **limits)\n"
+    start = f"{SERVE}real = sandbox.images.read_picture\n{decoder}sandbox.images.read_picture = read_picture\n"
     monkeypatch.setattr(sandbox, "_START", f"{start}sandbox.serve(handle)")
     box, good = Sandbox(Limits(wall=3.0)), encoded(picture(), "PNG")
     try:
@@ -221,7 +221,7 @@ def test_the_child_can_reach_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     }
     code = f"""{SERVE}
 import socket, subprocess, json
-def read_image(content, **limits):
+def read_picture(content, **limits):
     got = {{"environment": sorted(os.environ), "cwd": os.getcwd()}}
     for name, probe in {probes!r}.items():
         try:
@@ -229,7 +229,7 @@ def read_image(content, **limits):
         except Exception as error:
             got[name] = type(error).__name__ + " " + str(error)
     raise ValueError(json.dumps(got))
-sandbox.images.read_image = read_image
+sandbox.images.read_picture = read_picture
 sandbox.serve(handle)
 """
     monkeypatch.setattr(sandbox, "_START", code)

@@ -19,7 +19,17 @@ import ray.data
 import torch
 from hostile_files import hostile_photos, write_all
 from PIL import Image
-from precompute_material import FEATURES, expected_rows, files_of, quarantine_in, row_of, rows_in, run, write_photos
+from precompute_material import (
+    FEATURES,
+    expected_rows,
+    files_of,
+    listed,
+    quarantine_in,
+    row_of,
+    rows_in,
+    run,
+    write_photos,
+)
 
 from mis_platform.artifacts import Output, Part, Stage, combine_digests, ensure, read_manifest
 from mis_platform.config import DataConfig, FeaturesConfig, Resources, SourcesConfig
@@ -189,7 +199,8 @@ def tally_of(chunks: Iterable[list[precompute.Refused | None]]) -> precompute.Ta
         good = [image_id for image_id, each in zip(ids, chunk) if each is None]
         parts = [vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0"))] if good else []
         bad = [each._replace(image_id=image_id) for image_id, each in zip(ids, chunk) if each is not None]
-        record = {"parts": parts, "image_ids": good, "refused": bad, "storage_error": None}
+        record = {"parts": parts, "image_ids": good, "refused": bad, "refused_copies": [], "has_more": []}
+        record["storage_error"] = None
         tally.add(json.loads(json.dumps(record)))
     return tally
 
@@ -235,7 +246,7 @@ def test_reasons_of_failures(error: Exception, reason: str) -> None:
     def fail() -> None:
         raise error
 
-    refused = precompute.attempt(("id", b"/photos/\xff\n.jpg"), "merge", fail)
+    refused = precompute.attempt(precompute.Photo("id", b"/photos/\xff\n.jpg"), "merge", fail)
     assert isinstance(refused, precompute.Refused)
     assert (refused.image_id, refused.stage, refused.reason) == ("id", "merge", reason)
     assert refused.message.startswith(type(error).__name__)
@@ -244,7 +255,7 @@ def test_reasons_of_failures(error: Exception, reason: str) -> None:
 
 def test_torch_and_numpy_say_that_memory_is_short_in_a_known_way() -> None:
     for step in (lambda: torch.empty(1 << 55), lambda: np.empty(1 << 55)):
-        refused = precompute.attempt(("id", b"x"), "features", step)
+        refused = precompute.attempt(precompute.Photo("id", b"x"), "features", step)
         assert isinstance(refused, precompute.Refused)
         assert refused.reason == "OUT_OF_MEMORY", refused.message
 
@@ -265,9 +276,9 @@ def test_workers_leave_untrusted_photos_to_a_child(
     photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that do all steps, and those that decode and merge around a GPU."""
-    photo = ("photo_000", os.fsencode(photos.image_path("photo_000")))
-    chunk = pa.table({"image_ids": [[photo[0]]], "paths": [[photo[1]]]})
-    expected, out = row_of(photos, photo[0]), Storage(str(tmp_path))
+    photo = precompute.Photo("photo_000", os.fsencode(photos.image_path("photo_000")))
+    chunk = pa.Table.from_pylist([precompute.chunk_row([photo])])
+    expected, out = row_of(photos, photo.image_id), Storage(str(tmp_path))
     tokencut = SourceProposals("tokencut", SourcesConfig())  # needs pixels again when it is made
     assert tokencut.needs_pixels
 
@@ -275,16 +286,16 @@ def test_workers_leave_untrusted_photos_to_a_child(
         raise AssertionError("the worker called a decoder")
 
     monkeypatch.setattr(Image, "open", decoder_called)
-    (made,) = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).rows([photo])
+    ((_, made),) = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).rows([photo])
     assert isinstance(made, dict)
     np.testing.assert_array_equal(made["children"], expected["children"])
     (decoded,) = precompute.decode_chunk(chunk, FEATURES, DataConfig(), untrusted=True)
     (described,) = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
     for product in (TREES_PRODUCT, tokencut):
-        merged = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
+        (merged,) = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
         (record,) = precompute.write_chunk(merged, out, product)["record"].to_pylist()
-        assert json.loads(record)["image_ids"] == [photo[0]], record
-    (trusted,) = precompute.ChunkWorker(FEATURES, DataConfig(), out).rows([photo])
+        assert json.loads(record)["image_ids"] == [photo.image_id], record
+    ((_, trusted),) = precompute.ChunkWorker(FEATURES, DataConfig(), out).rows([photo])
     assert isinstance(trusted, precompute.Refused), "else this test would tell nothing"
 
 
@@ -305,19 +316,23 @@ def by_mean(batch_size: int, calls: list[list[int]], unlucky: int = -1, error: E
 
 
 def plain_photo(grey: int, height: int = 16, width: int = 24) -> precompute.Decoded:
-    return precompute.Decoded((f"photo_{grey}", b"/photos"), np.full((height, width, 3), grey, np.uint8))
+    return precompute.Decoded(
+        precompute.Photo(f"photo_{grey}", b"/photos"), np.full((height, width, 3), grey, np.uint8)
+    )
 
 
 def outcome(decoded: precompute.Decoded, features: np.ndarray | precompute.Refused) -> Any:
     """(image id, feature, grid), or the refusal."""
     if isinstance(features, precompute.Refused):
         return features
-    return decoded.photo[0], int(features[0, 0, 0]), features.shape[:2]
+    return decoded.photo.image_id, int(features[0, 0, 0]), features.shape[:2]
 
 
 def test_photos_of_one_network_size_share_batches_and_keep_their_order() -> None:
     calls: list[list[int]] = []
-    broken = precompute.Decoded(("broken", b"/photos"), refusal("TRUNCATED")._replace(image_id="broken"))
+    broken = precompute.Decoded(
+        precompute.Photo("broken", b"/photos"), refusal("TRUNCATED")._replace(image_id="broken")
+    )
     photos = [plain_photo(k, *((16, 24), (15, 17), (24, 24))[k % 3]) for k in range(8)]  # two become 16x24
     found = list(precompute.describe_all([*photos[:3], broken, *photos[3:]], by_mean(2, calls), outcome))
     expected = [(f"photo_{k}", k, (3, 3) if k % 3 == 2 else (2, 3)) for k in range(8)]
@@ -399,8 +414,8 @@ def test_the_digest_does_not_depend_on_resources(
 def test_step_by_step_gives_the_same_trees(photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path) -> None:
     """The way that is taken with GPUs, on the CPU, with a broken photo among them."""
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
-    chunks = precompute.chunk_dataset(precompute._slices([*listed, ("bad", os.fsencode(tmp_path / "bad.jpg"))], 6))
+    bad = precompute.Photo("bad", os.fsencode(tmp_path / "bad.jpg"))
+    chunks = precompute.chunk_dataset(precompute._slices([*listed(photos), bad], 6))
     pool = ray.data.ActorPoolStrategy(size=1)
     steps = precompute.in_steps(chunks, FEATURES, DataConfig(), Storage(str(tmp_path)), 6, pool, "cpu", None)
     tally = precompute.Tally(Progress("trees", 25, "images"))
@@ -495,7 +510,7 @@ def test_a_photo_that_kills_its_worker_is_set_aside(
 ) -> None:
     class Crashing(precompute.ChunkWorker):
         def decoded(self, photo: precompute.Photo) -> precompute.Decoded:
-            if photo[0] == "photo_007":
+            if photo.image_id == "photo_007":
                 os.kill(os.getpid(), signal.SIGKILL)  # as a decoder's segmentation fault does
             return super().decoded(photo)
 
@@ -512,10 +527,9 @@ def test_a_photo_that_kills_its_worker_is_set_aside(
 @pytest.mark.ray
 def test_a_storage_that_cannot_be_written_stops_the_run(photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "full").write_text("a file where the directory should be")
-    listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
     storage, progress = Storage(str(tmp_path / "full")), Progress("trees", 24, "images")
     with pytest.raises(StorageError, match=r"cannot write trees-.*\.parquet in .*full"):
-        precompute.compute_all(listed, FEATURES, DataConfig(), Resources(), storage, progress)
+        precompute.compute_all(listed(photos), FEATURES, DataConfig(), Resources(), storage, progress)
 
 
 @pytest.mark.ray
@@ -608,7 +622,9 @@ def test_batches_change_nothing_however_they_are_formed(
     expected, extractor = {}, build_extractor(batched)
     for image_id in dataset.image_ids:
         image = read_image(dataset.image_path(image_id))
-        tree = merge(precompute.describe([precompute.Decoded(("", b""), image)], extractor)[0])  # of copies
+        tree = merge(
+            precompute.describe([precompute.Decoded(precompute.Photo("", b""), image)], extractor)[0]
+        )  # of copies
         expected[image_id] = (tree.children.ravel().tolist(), tree.costs.tolist())
     dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
     out = Storage(str(tmp_path / "out"))
@@ -635,8 +651,7 @@ def test_batches_change_nothing_however_they_are_formed(
             yield from super().__call__(travelling)
 
     monkeypatch.setattr(precompute, "FeatureWorker", Counting)
-    listed = [(sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in dataset.samples]
-    chunks, pool = precompute.chunk_dataset([listed]), ray.data.ActorPoolStrategy(size=1)
+    chunks, pool = precompute.chunk_dataset([listed(dataset)]), ray.data.ActorPoolStrategy(size=1)
     steps = precompute.in_steps(chunks, batched, DataConfig(), Storage(str(tmp_path / "s")), 5, pool, "cpu", None)
     tally = precompute.Tally(Progress("trees", 11, "images"))
     for record in precompute.read_records(steps):
@@ -659,14 +674,14 @@ def test_chunks_bring_photos_of_one_size_together(
             Image.fromarray(rng.integers(0, 256, (*sizes[k], 3), dtype=np.uint8)).save(path)
         else:
             path.write_bytes(b"no image")
-        photos.append((path.stem, os.fsencode(path)))
+        photos.append(precompute.Photo(path.stem, os.fsencode(path)))
     monkeypatch.setattr(precompute, "HEADERS_PER_TASK", 5)
     batched = FeaturesConfig(extractor="dino_vits8", batch_size=4)
 
     def cut(features: FeaturesConfig, **resources: Any) -> list[list[str]]:
         chunks = precompute.cut_into_chunks(photos, features, DataConfig(), Resources(**resources))
         assert sorted(photo for chunk in chunks for photo in chunk) == sorted(photos)
-        return [[image_id for image_id, _ in chunk] for chunk in chunks]
+        return [[photo.image_id for photo in chunk] for chunk in chunks]
 
     grids = {f"{k:02d}": (-(-height // 8), -(-width // 8)) for k, (height, width) in enumerate(sizes)}
     *whole, left = cut(batched, chunk_images=10)
@@ -674,14 +689,14 @@ def test_chunks_bring_photos_of_one_size_together(
     for chunk in whole:
         assert len({grids[image_id] for image_id in chunk}) == 1
     assert len(left) == 5
-    listed = [image_id for image_id, _ in photos]
+    ids = [photo.image_id for photo in photos]
     for features, resources in (
         (FeaturesConfig(extractor="dino_vits8"), {}),
         (FeaturesConfig(extractor="color_texture", batch_size=4), {}),
         (batched, {"untrusted": True}),
     ):
-        assert cut(features, chunk_images=10, **resources) == [listed[:10], listed[10:]]
-    assert cut(batched, chunk_images=1) == [[image_id] for image_id in listed]
+        assert cut(features, chunk_images=10, **resources) == [ids[:10], ids[10:]]
+    assert cut(batched, chunk_images=1) == [[image_id] for image_id in ids]
 
 
 @pytest.mark.ray
