@@ -210,6 +210,9 @@ def precompute(
     done = len(finished)
     del found, finished
     if missing:
+        if dataset.copies:
+            copies = sum(map(len, dataset.copies)) - len(dataset.copies)
+            say(product.name, f"{copies} of {len(dataset)} photos are copies of others, which are computed once")
         photos = bring_together(missing, dataset)
         resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
         with cluster.cluster(out, dataset):
