@@ -700,6 +700,7 @@ def compute(
     are too many of those.
     """
     cluster.quiet_data()
+    cluster.quiet_actors()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
     gpus = _gpus(features, resources)
     cut = cut_into_chunks(photos, features, data, resources)

@@ -251,6 +251,7 @@ def test_two_at_once_on_one_target(tmp_path: Path) -> None:
         assert "another mis process is working on" in second.stderr
         log, _ = first.communicate(timeout=200)
     assert first.returncode == 0, log
+    assert "core_worker.cc" not in log
     (manifest,) = root.glob("trees/*/manifest.json")
     assert json.loads(manifest.read_text())["digest"] == expected_digest(dataset)
     check_whole(dataset, manifest.parent, log)
