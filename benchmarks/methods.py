@@ -22,7 +22,7 @@ from mis_platform.evaluation.click_model import ClickModel
 from mis_platform.evaluation.clicks import next_click
 from mis_platform.model.features import build_extractor
 from mis_platform.simulation.clicks import Click
-from mis_platform.stages.precompute import Decoded, describe
+from mis_platform.stages.precompute import Decoded, Photo, describe
 
 WIDTH, HEIGHT = 480, 320
 PHOTOS = ("astronaut", "cat", "coffee", "rocket")
@@ -75,7 +75,7 @@ def main() -> None:
         report(name, [each for photo in pictures for each in click_times(model, photo, arguments.clicks)], CLICK_TARGET)
 
     extractor = build_extractor(FeaturesConfig(extractor="color_texture"))
-    described = [describe([Decoded(("", b""), photo)], extractor)[0] for photo in pictures]
+    described = [describe([Decoded(Photo("", b""), photo)], extractor)[0] for photo in pictures]
     rows, columns = described[0].shape[:2]
     print(f"{columns}x{rows} patches, without the features: seconds a photo")
     for name in VERSIONS:

@@ -94,11 +94,12 @@ def costs_of(photos: Sequence[precompute.Photo], features: FeaturesConfig) -> di
     def described(photo: precompute.Photo, pixels: np.ndarray) -> np.ndarray:
         return precompute.describe([precompute.Decoded(photo, pixels)], extractor)[0]
 
-    described(photos[0], precompute.decode(photos[0], DataConfig()))  # compiled before it counts
+    described(photos[0], precompute.decode(photos[0], DataConfig()).pixels)  # compiled before it counts
     for photo in photos:
-        pixels = timed("decode", precompute.decode, photo, DataConfig())
+        pixels = timed("decode", precompute.decode, photo, DataConfig()).pixels
         patches = timed("features", described, photo, pixels)
-        rows.append(timed("merge", TREES_PRODUCT.make, photo[0], pixels.shape[:2], patches, None))
+        made = timed("merge", TREES_PRODUCT.make, photo.image_id, pixels.shape[:2], patches, None)
+        rows.append(precompute.Result(photo, made))
     chunk = Resources().chunk_images
     with tempfile.TemporaryDirectory() as folder:
         out, writing, written = Storage(folder), [], 0
@@ -112,7 +113,7 @@ def costs_of(photos: Sequence[precompute.Photo], features: FeaturesConfig) -> di
         "write_seconds": statistics.median(writing),
         "bytes": written / len(rows),
         "record_bytes": record.nbytes / len(rows[-(len(rows) % chunk or chunk) :]),
-        "file_bytes": statistics.mean(os.path.getsize(path) for _, path in photos),
+        "file_bytes": statistics.mean(os.path.getsize(photo.path) for photo in photos),
     }
 
 
@@ -183,7 +184,8 @@ def main() -> None:
 
     features = FeaturesConfig(extractor=options.extractor, weights=options.weights)
     dataset = open_dataset(options.photos)
-    photos = [(k, os.fsencode(dataset.image_path(k))) for k in sorted(dataset.image_ids)][: options.number]
+    ids = sorted(dataset.image_ids)[: options.number]
+    photos = [precompute.Photo(k, os.fsencode(dataset.image_path(k))) for k in ids]
     benchmark = open_dataset(options.benchmark, split="val")
     benchmark = replace(benchmark, samples=benchmark.samples[: options.objects])
     config = EvalConfig(max_clicks=options.clicks, zoom_size=224)

@@ -90,8 +90,7 @@ def prepare_process(features: FeaturesConfig, out: Storage) -> None:
 
 
 def run_chunk(chunk: list[precompute.Photo]) -> dict[str, Any]:
-    image_ids, paths = zip(*chunk)
-    table = WORKERS[0](pa.table({"image_ids": [list(image_ids)], "paths": [list(paths)]}))
+    table = WORKERS[0](pa.Table.from_pylist([precompute.chunk_row(chunk)]))
     return json.loads(table["record"][0].as_py())
 
 
@@ -106,7 +105,7 @@ def network_alone(photos: list[precompute.Photo], options: argparse.Namespace) -
     extractor = build_extractor(features_of(options), "cuda")
     by_size: dict[tuple[int, ...], list[np.ndarray]] = {}
     for photo in photos:
-        pixels = extractor.prepare(precompute.decode(photo, DataConfig()))
+        pixels = extractor.prepare(precompute.decode(photo, DataConfig()).pixels)
         by_size.setdefault(pixels.shape, []).append(pixels)
     batches = []
     for shape, group in by_size.items():
@@ -173,8 +172,9 @@ def main() -> None:
     parser.add_argument("--photos", type=int, help="only so many")
     options = parser.parse_args()
     dataset = open_dataset(options.dataset)
-    listed = [(k, str(dataset.image_path(k)).encode()) for k in sorted(dataset.image_ids)][: options.photos]
-    photos = [(f"{number}-{k}", path) for number in range(options.repeat) for k, path in listed]
+    ids = sorted(dataset.image_ids)[: options.photos]
+    listed = [precompute.Photo(k, str(dataset.image_path(k)).encode()) for k in ids]
+    photos = [each._replace(image_id=f"{k}-{each.image_id}") for k in range(options.repeat) for each in listed]
     print(f"{len(photos)} photos, {options.extractor}, {options.processes} processes, chunks of {options.chunk}")
     if options.gpu:
         on_a_gpu(photos, listed, options)

@@ -165,9 +165,9 @@ def manifest_reading(folder: Path) -> Iterator[Any]:
 def ledger_writing(images: int, folder: Path) -> Iterator[Any]:
     image_ids = image_ids_of(images)
     found = [precompute.Found(part, tuple(islice(image_ids, part.rows))) for part in parts_of(images)]
-    for part, _ in found:
-        with open(folder / part.name, "wb") as file:
-            file.truncate(part.bytes)
+    for each in found:
+        with open(folder / each.part.name, "wb") as file:
+            file.truncate(each.part.bytes)
     yield None
     precompute._write_ledger(Storage(str(folder)), found)
     yield None

@@ -343,7 +343,7 @@ def driver_seconds(chunks: int = 1000) -> float:
     with tempfile.TemporaryDirectory() as folder, cluster.cluster():
         photo = Path(folder, "photo.png")
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(photo)
-        photos = [(f"photo-{k}", str(photo).encode()) for k in range(chunks)]
+        photos = [precompute.Photo(f"photo-{k}", str(photo).encode()) for k in range(chunks)]
         features, out = FeaturesConfig(extractor="color_texture"), Storage(str(Path(folder, "out")))
         records = precompute.compute(photos, features, DataConfig(), Resources(chunk_images=1), out)
         times = [time.perf_counter() for _ in records]

@@ -75,6 +75,11 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
 
+def say(label: str, text: str) -> None:
+    """A line that stays, to standard error."""
+    print(f"{label}: {text}", file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """ "4 s", "3 min 20 s", "5 h 10 min"; "?" when unknown."""
     if seconds == float("inf"):

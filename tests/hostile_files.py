@@ -53,6 +53,20 @@ def jpeg_of_scans(side: int, scans: int) -> bytes:
     return whole[:last] + whole[last:-2] * scans + whole[-2:]
 
 
+def tiff_of_strips(rows: int, useless: int) -> bytes:
+    """A TIFF of 64 x `rows` pixels, all 7, whose rows are all the same bytes of the file.
+
+    Before they unpack to a row, they are `useless` deflate blocks of 5 bytes without content.
+    """
+    packed = zlib.compress(b"\7" * 64)
+    strip = packed[:2] + b"\0\0\0\xff\xff" * useless + packed[2:]
+    offsets = 8 + 2 + 12 * 9 + 4  # behind the header and nine tags
+    values = {256: 64, 257: rows, 258: 8, 259: 8, 262: 1, 273: offsets, 277: 1, 278: 1, 279: offsets + 4 * rows}
+    tags = [struct.pack("<HHII", tag, 4, rows if tag in (273, 279) else 1, value) for tag, value in values.items()]
+    places = struct.pack("<I", offsets + 8 * rows) * rows + struct.pack("<I", len(strip)) * rows
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(tags) + bytes(4) + places + strip
+
+
 def hostile_photos() -> dict[str, tuple[bytes, Reason]]:
     """File name -> content and why it is refused: lines B1 to B8 and B14 of docs/reliability.md."""
     jpeg, png = encoded(picture(), "JPEG"), encoded(picture(), "PNG")

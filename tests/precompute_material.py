@@ -1,5 +1,6 @@
 """Small photos, and what precompute should make of them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ def write_photos(folder: Path, count: int, scale: int = 1) -> Dataset:
 def run(dataset: Dataset, out: Path | Storage, **resources: Any) -> Output:
     storage = out if isinstance(out, Storage) else Storage(str(out))
     return precompute.precompute(dataset, FEATURES, DataConfig(), Resources(**resources), storage)
+
+
+def listed(dataset: Dataset) -> list[precompute.Photo]:
+    return [precompute.Photo(image_id, os.fsencode(dataset.image_path(image_id))) for image_id in dataset.image_ids]
 
 
 def row_of(dataset: Dataset, image_id: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mis_platform.data.proposals import Proposals
 
 # Raised when a method's masks change. freemask 2: boxes from rows and columns with a pixel, not from ends and pixels.
 VERSIONS = {"tokencut": 1, "dsm": 1, "freemask": 2}
+DRAWING = ("dsm",)  # those that use the random generator they are given: for the starts of k-means
 
 
 def propose(
@@ -18,7 +19,7 @@ def propose(
 
     source: "tokencut", "dsm" or "freemask"; image: uint8 [H, W, 3] RGB; features: float32 [gh, gw, C], a grid of
     patches over the whole photo, the sides of which need not be multiples of the grid's.
-    rng: only dsm draws, the starts of its k-means.
+    rng: only those of DRAWING draw.
 
     Raises ValueError for another source, features that are not finite, or more than 8192 patches (the methods compare
     every patch with every other). The methods are imported here: a training asks this module for settings only.

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mis_platform.data import sandbox
-from mis_platform.data.digests import Memory
+from mis_platform.data.digests import ABSENT, Memory
 from mis_platform.data.images import MAX_MEGAPIXELS, MIN_SIDE, SUFFIXES, ImageRefused, Refusal, list_images, read_file
 from mis_platform.data.masks import (
     MAX_MASK_BYTES,
@@ -181,26 +181,40 @@ class Dataset:
         Independent of the order of the images and of where they lie. Files that cannot be read count as absent. What an
         earlier call has read is not read again, unless it may have changed or `read_anew` is set: see `digests`.
         """
+        return self._read_all(masks)[0]
+
+    @cached_property
+    def copies(self) -> tuple[tuple[str, ...], ...]:
+        """Ids of images whose files had the same bytes when they were last read, by `digest` or for this.
+
+        Two contents are told apart by 64 bits of their SHA-256: who relies on it compares the files.
+        """
+        return self._read_all(masks=False)[1]
+
+    def _read_all(self, masks: bool) -> tuple[str, tuple[tuple[str, ...], ...]]:
+        """What `digest` returns, and `copies`, which come for nothing when files are read."""
         memory = Memory(self.root, is_used=not self.read_anew)
 
-        def of_batch(batch: Sequence[Sample]) -> bytes:
+        def of_batch(batch: Sequence[Sample]) -> tuple[bytes, bytes]:
             files = [[sample.image, *(mask.file for mask in sample.masks if masks)] for sample in batch]
             contents = iter(memory.contents(list(chain.from_iterable(files))))
-            texts = (
-                "\n".join([repr(sample.image_id), *islice(contents, len(own))]) for sample, own in zip(batch, files)
-            )
-            return b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+            known = [list(islice(contents, len(own))) for own in files]
+            texts = ("\n".join([repr(sample.image_id), *own]) for sample, own in zip(batch, known))
+            digests = b"".join(hashlib.sha256(text.encode()).digest() for text in texts)
+            return digests, b"".join(bytes(8) if own[0] == ABSENT else bytes.fromhex(own[0][-16:]) for own in known)
 
-        total, samples = hashlib.sha256(), sorted(self.samples)
+        total, samples, keys = hashlib.sha256(), sorted(self.samples), bytearray()
         with ThreadPoolExecutor(READERS) as pool:
             for start in range(0, len(samples), DIGEST_WINDOW):
                 window = samples[start : start + DIGEST_WINDOW]
                 batches = [window[k : k + DIGEST_BATCH] for k in range(0, len(window), DIGEST_BATCH)]
-                for digests in pool.map(of_batch, batches):
+                for digests, some in pool.map(of_batch, batches):
                     total.update(digests)
+                    keys += some
                 memory.save(SAVED_BYTES)
         memory.save(SLOW_BYTES)
-        return total.hexdigest()
+        vars(self)["copies"] = found = _copies(samples, np.frombuffer(keys, np.uint64))
+        return total.hexdigest(), found
 
     def without_missing(self) -> tuple["Dataset", tuple[str, ...]]:
         """Only the samples whose image and masks are there, and the ids of the others.
@@ -237,6 +251,16 @@ class Dataset:
         """
         count = max(1, math.floor(len(self) * _checked_fraction(fraction)))
         return replace(self, samples=self.samples[:count])
+
+
+def _copies(samples: Sequence[Sample], keys: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    """Ids of samples with equal keys, uint64 [samples]; 0 is a file that could not be read."""
+    ordered = np.sort(keys)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    groups: dict[int, list[str]] = {int(key): [] for key in repeated if key}
+    for place in np.flatnonzero(np.isin(keys, repeated[repeated > 0])).tolist() if groups else ():
+        groups[int(keys[place])].append(samples[place].image_id)
+    return tuple(map(tuple, groups.values()))
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------

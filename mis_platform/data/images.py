@@ -4,6 +4,9 @@ Which formats: JPEG, PNG, WebP, TIFF, BMP and GIF; of a file with several frames
 decoder ever runs. A size above the limit is refused from the header, before anything is decoded, and an incomplete or
 damaged file is refused instead of being filled with grey.
 
+What a decoder needs is bounded by the bytes and the pixels of a file for most files, and is seconds at the most. Where
+it is not, or the file is large, another process with limits can be asked to decode it: see `Elsewhere` and `sandbox`.
+
 How pixels become 8-bit RGB:
 
     RGB, YCbCr                   as they are (ICC profiles are ignored: the same bytes give the same pixels everywhere)
@@ -35,7 +38,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -47,6 +50,8 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif",
 # Suffixes of pictures that people expect to be read; they are reported rather than passed over.
 OTHER_SUFFIXES = frozenset((".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".pdf", ".eps", ".fits", ".dng"))
 
+_LARGE_BYTES = 8 << 20  # of a file; one of 4-byte segments keeps a walk over them busy for seconds
+_ORDINARY_SCANS = 16  # of a progressive JPEG; encoders write a dozen
 _METADATA_BYTES = 64 << 20  # a file may be this much longer than its pixels at 16 bytes each
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSE = {
@@ -126,6 +131,23 @@ class Listing(NamedTuple):
     refused: tuple[Refusal, ...]
 
 
+class Picture(NamedTuple):
+    """What a file shows."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3] RGB, upright
+    has_more: bool  # frames or pages, which are not shown; what phones put behind a JPEG does not count
+
+
+class Elsewhere(Protocol):
+    """Who decodes, in a process that can be ended, the content of a file that may keep its decoder busy for long."""
+
+    def read_picture(self, source: bytes, *, max_megapixels: float, min_side: int) -> Picture:
+        """As `read_picture`."""
+
+    def probe_size(self, source: bytes, *, max_megapixels: float, min_side: int) -> tuple[int, int]:
+        """As `probe_size`."""
+
+
 def read_image(
     source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
 ) -> np.ndarray:
@@ -134,19 +156,57 @@ def read_image(
     source: a path, or the content of a file. max_megapixels: 10^6 pixels; Pillow's own ceiling of 178.9 stays above it.
     min_side: pixels, of the shorter side. Raises ImageRefused; never blocks on pipes or devices.
     """
-    with _opened(source) as (file, name), _header(file, max_megapixels, min_side) as image:
-        file.seek(0)
-        content = _read_all(file, file_limit(max_megapixels), name)
-        _check_complete(image.format or "", content)
+    return read_picture(source, max_megapixels=max_megapixels, min_side=min_side).pixels
+
+
+def read_picture(
+    source: str | Path | bytes,
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    min_side: int = MIN_SIDE,
+    elsewhere: Elsewhere | None = None,
+) -> Picture:
+    """As `read_image`, and whether the file has more frames or pages.
+
+    elsewhere: decodes TIFFs, run-length BMPs, JPEGs of more than 16 scans and files of more than 8 MiB. Without it,
+    nothing bounds the time.
+    """
+    limit = file_limit(max_megapixels)
+    with _opened(source) as (file, name):
+        if elsewhere is not None and _may_be_slow(file):
+            content = _read_all(file, limit, name)
+            return elsewhere.read_picture(content, max_megapixels=max_megapixels, min_side=min_side)
+        with _header(file, max_megapixels, min_side) as image:
+            file.seek(0)
+            content = _read_all(file, limit, name)
+            scans = _check_complete(image.format or "", content)
+    if elsewhere is not None and scans > _ORDINARY_SCANS:
+        return elsewhere.read_picture(content, max_megapixels=max_megapixels, min_side=min_side)
     with _header(io.BytesIO(content), max_megapixels, min_side) as image:
-        return _to_rgb(_upright(_loaded(image, len(content))))
+        has_more = image.format != "MPO" and getattr(image, "is_animated", False)
+        return Picture(_to_rgb(_upright(_loaded(image, len(content)))), has_more)
 
 
 def probe_size(
-    source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
+    source: str | Path | bytes,
+    *,
+    max_megapixels: float = MAX_MEGAPIXELS,
+    min_side: int = MIN_SIDE,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[int, int]:
-    """(height, width) in pixels of what `read_image` would return, from the header alone. Raises ImageRefused."""
-    with _opened(source) as (file, _), _header(file, max_megapixels, min_side) as image:
+    """(height, width) in pixels of what `read_image` would return, from the header alone. Raises ImageRefused.
+
+    elsewhere: as in `read_picture`. It is given the whole file.
+    """
+    with _opened(source) as (file, name):
+        if elsewhere is not None and _may_be_slow(file):
+            content = _read_all(file, file_limit(min(max_megapixels, MAX_MEGAPIXELS)), name)
+            return elsewhere.probe_size(content, max_megapixels=max_megapixels, min_side=min_side)
+        return _size_of(file, max_megapixels, min_side)
+
+
+def _size_of(file: BinaryIO, max_megapixels: float, min_side: int) -> tuple[int, int]:
+    with _header(file, max_megapixels, min_side) as image:
         width, height = image.size
         # A TIFF reports its upright size by itself.
         turned = image.format != "TIFF" and _orientation(image) >= 5
@@ -254,6 +314,19 @@ def _read_all(file: BinaryIO, limit: int, name: str) -> bytes:
     return content
 
 
+def _may_be_slow(file: BinaryIO) -> bool:
+    """Whether the time that its decoder takes has no bound, or not a low one.
+
+    Strips of a TIFF may all be the same megabytes that unpack to nothing; Pillow unpacks run lengths in Python; and
+    walks from segment to segment, theirs and ours, take 1 us for each. Leaves `file` at its start.
+    """
+    start = file.read(34)
+    is_large = file.seek(0, os.SEEK_END) > _LARGE_BYTES
+    file.seek(0)
+    is_run_length_bmp = start[:2] == b"BM" and start[30:34] in (b"\1\0\0\0", b"\2\0\0\0")
+    return is_large or is_run_length_bmp or start[:4] in (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+")
+
+
 @contextmanager
 def _header(file: BinaryIO, max_megapixels: float, min_side: int) -> Iterator[Image.Image]:
     """The image with its header read and its size checked; pixels are not decoded yet."""
@@ -316,13 +389,15 @@ def _check_size(width: int, height: int, max_megapixels: float, min_side: int) -
 # Pillow accepts a JPEG without its end and a PNG without IEND, and checks no checksum of PNG pixel data.
 
 
-def _check_complete(image_format: str, content: bytes) -> None:
+def _check_complete(image_format: str, content: bytes) -> int:
+    """How many times its decoder walks over all pixels. Raises ImageRefused for what has no end."""
     if image_format in ("JPEG", "MPO"):
-        _check_jpeg(content)
-    elif image_format == "PNG":
+        return _check_jpeg(content)
+    if image_format == "PNG":
         _check_png(content)
     elif image_format == "WEBP" and len(content) < 8 + int.from_bytes(content[4:8], "little"):
         raise ImageRefused(Reason.TRUNCATED, "the WebP file is shorter than it says")
+    return 1
 
 
 # In entropy-coded data FF 00 is a byte and FF D0 to FF D7 are restarts; everything else after FF is a marker.
@@ -331,14 +406,14 @@ _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 _MAX_SCANS = 256  # encoders write a dozen; each costs a walk over all pixels, for a few bytes of file
 
 
-def _check_jpeg(content: bytes) -> None:
-    """Follow the segments to the end marker. What lies behind it (thumbnails, maker's notes) does not count."""
+def _check_jpeg(content: bytes) -> int:
+    """Follow the segments to the end marker, and count scans. What lies behind (thumbnails, notes) does not count."""
     position = 2
     scans = 0
     while match := _JPEG_MARKER.search(content, position):
         marker = match.group(1)[0]
         if marker == _JPEG_END and scans:
-            return
+            return scans
         scans += marker == _JPEG_SCAN
         if scans > _MAX_SCANS:
             raise ImageRefused(Reason.CORRUPT, f"more than {_MAX_SCANS} scans in a JPEG")

@@ -1,9 +1,12 @@
-"""A child process that decodes photos and masks of folders that nobody vouches for.
+"""A child process that decodes photos and masks of folders that nobody vouches for, and photos that may take long.
 
 Decoders are C code, and a file can be made to crash them, to keep them busy, or to fill the memory. Here this process
 only reads bytes; what they mean is found out by a child that may use 1.5 GiB of memory, 10 s of CPU and 60 s by the
 clock for a file, that can open neither files nor connections, and that has nothing of our environment. A child that
 dies or is late costs its one file, and the next file gets a new child.
+
+Of folders that are trusted, only files whose decoding time has no low bound (see `images.read_picture`) go to such a
+child; there, time alone is limited.
 
 What comes back are the arrays and the refusals of `images` and `masks`, unchanged. It is no answer to a decoder that
 runs foreign code: the child has its user's rights. A container is.
@@ -31,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from mis_platform.data import images, masks
-from mis_platform.data.images import MAX_MEGAPIXELS, MIN_SIDE, ImageRefused, Reason
+from mis_platform.data.images import MAX_MEGAPIXELS, MIN_SIDE, ImageRefused, Picture, Reason
 from mis_platform.data.masks import ObjectMask, Reader
 
 START_SECONDS = 120.0
@@ -42,6 +45,7 @@ _READERS: dict[str, Reader] = {
     "read_palette_as_grey": masks.read_palette_as_grey,
     "read_sbd": masks.read_sbd,
 }
+_FIRST = "first"  # name of the pixels of a file with more frames or pages
 _DTYPES = {"uint8", "int8", "int64"}
 _LENGTH = struct.Struct("<I")  # of the JSON that a message begins with; the arrays or the file follow
 _MESSAGE_BYTES, _BLOB_BYTES = 2**20, 2**32
@@ -54,9 +58,13 @@ Named = tuple[str, np.ndarray]
 class Limits(NamedTuple):
     """What a child may use for a file."""
 
-    memory: int = 3 * 2**29  # bytes, beside what it has when it starts; 50 megapixels of any kind need 1 GiB at most
+    # Bytes, beside what it has when it starts, or no limit; 50 megapixels of any kind need 1.4 GiB at most.
+    memory: int | None = 3 * 2**29
     cpu: int = 10  # seconds
     wall: float = 60.0  # seconds
+
+
+TRUSTED = Limits(memory=None)  # data.max_megapixels is all that says how large photos of trusted folders may be
 
 
 class Sandbox:
@@ -72,10 +80,16 @@ class Sandbox:
         self, source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
     ) -> np.ndarray:
         """As `images.read_image`."""
+        return self.read_picture(source, max_megapixels=max_megapixels, min_side=min_side).pixels
+
+    def read_picture(
+        self, source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
+    ) -> Picture:
+        """As `images.read_picture`."""
         content = _content(source, images.file_limit(max_megapixels))
         question = {"do": "image", "max_megapixels": max_megapixels, "min_side": min_side}
-        ((_, pixels),) = self._ask(question, content, lambda found: len(found) == 1 and _is_photo(found[0][1]))
-        return pixels
+        ((name, pixels),) = self._ask(question, content, lambda found: len(found) == 1 and _is_photo(found[0][1]))
+        return Picture(pixels, name == _FIRST)
 
     def probe_size(
         self, source: str | Path | bytes, *, max_megapixels: float = MAX_MEGAPIXELS, min_side: int = MIN_SIDE
@@ -127,16 +141,32 @@ class Sandbox:
 
 
 @functools.cache
-def shared() -> Sandbox:
-    """The sandbox of this process."""
-    sandbox = Sandbox()
+def shared(limits: Limits | None = None) -> Sandbox:
+    """The sandbox of this process, one for each limits."""
+    sandbox = Sandbox(limits)
     atexit.register(sandbox.close)
     return sandbox
 
 
-def decoder(untrusted: bool) -> Any:
-    """What offers `read_image` and `probe_size`: the sandbox of this process, or the module that decodes in it."""
-    return shared() if untrusted else images
+class Trusting:
+    """Decodes in this process, but for photos that may take long: those, in a child."""
+
+    def read_image(self, source: str | Path | bytes, **limits: Any) -> np.ndarray:
+        """As `images.read_image`."""
+        return self.read_picture(source, **limits).pixels
+
+    def read_picture(self, source: str | Path | bytes, **limits: Any) -> Picture:
+        """As `images.read_picture`."""
+        return images.read_picture(source, **limits, elsewhere=shared(TRUSTED))
+
+    def probe_size(self, source: str | Path | bytes, **limits: Any) -> tuple[int, int]:
+        """As `images.probe_size`."""
+        return images.probe_size(source, **limits, elsewhere=shared(TRUSTED))
+
+
+def decoder(untrusted: bool) -> Sandbox | Trusting:
+    """Who reads photos for this process. No child is started before it is needed."""
+    return shared() if untrusted else Trusting()
 
 
 def _content(source: str | Path | bytes, limit: int) -> bytes:
@@ -300,7 +330,8 @@ def serve(handle: int) -> None:
 
 def _confine(limits: Limits) -> None:
     """Give up, for good, what decoding does not need."""
-    if (statm := Path("/proc/self/statm")).exists():  # macOS has neither it nor a limit that holds
+    statm = Path("/proc/self/statm")
+    if limits.memory is not None and statm.exists():  # macOS has neither it nor a limit that holds
         taken = int(statm.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + limits.memory,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -334,4 +365,5 @@ def _decode(question: Message, content: bytes) -> list[Named]:
     limits = {name: question[name] for name in ("max_megapixels", "min_side")}
     if what == "size":
         return [("size", np.array(images.probe_size(content, **limits), np.int64))]
-    return [("pixels", images.read_image(content, **limits))]
+    picture = images.read_picture(content, **limits)
+    return [(_FIRST if picture.has_more else "pixels", picture.pixels)]

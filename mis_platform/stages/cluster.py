@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -383,3 +385,41 @@ def quiet_data() -> None:
     context.print_on_execution_start = False
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns that its progress bars are off
+
+
+@functools.cache
+def quiet_actors() -> None:
+    """Have Ray say where nobody sees it what it says once a process, whenever Ray Data starts an actor.
+
+    It is an error's line on the terminal, from C++ and past every level, about arguments in the object store of actors
+    that may be restarted (https://github.com/ray-project/ray/issues/57733). Ray Data keeps its own as long as the
+    actors live, so it asks nobody to do anything. An actor that no machine has room for, taken back at once, brings it
+    out; what else is said in that moment is passed on.
+    """
+    nobody: Any = ray.remote(_Nobody).options(num_cpus=0, max_restarts=1, resources={"no machine has this": 1})
+    with _held_back(b"has constructor arguments in the object store and max_restarts > 0"):
+        ray.kill(nobody.remote(ray.put(None)))
+
+
+class _Nobody:
+    def __init__(self, argument: Any) -> None:
+        raise AssertionError("no machine has room for it")
+
+
+@contextlib.contextmanager
+def _held_back(words: bytes) -> Iterator[None]:
+    """Lines with `words` do not reach standard error, all others a little later; C++ writes to this descriptor too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            others = b"".join(line for line in said if words not in line)
+            if others:
+                os.write(2, others)

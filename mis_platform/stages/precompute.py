@@ -9,6 +9,8 @@ Notable choices:
   photos of one size together, by their headers; in a chunk they are looked for as far as WINDOW_BYTES of pixels reach.
 * **Workers write, the driver counts.** A worker writes its part under a name that follows from the ids inside
   (temporary file, then rename) and returns one small record: the same part always has the same name.
+* **Copies are computed once.** Files with the same bytes, wherever in the data set they are, are given to one worker
+  together; it compares them itself, so that a file which changed meanwhile is computed alone.
 * **The directory is the state.** After any interruption the whole parts are found by reading them; only photos in none
   of them are computed. The digest is a sum over rows, so it does not depend on how photos were cut into parts.
 * **What grows with the photos are names.** They go to Ray Data in waves, chunks become larger the more photos there
@@ -26,7 +28,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar, cast
@@ -43,8 +45,8 @@ from ray.util.annotations import RayDeprecationWarning
 from mis_platform.artifacts import Output, Part, combine_digests, sha256
 from mis_platform.config import DataConfig, FeaturesConfig, Resources
 from mis_platform.data import sandbox
-from mis_platform.data.benchmarks import Dataset
-from mis_platform.data.images import ImageRefused, Reason, probe_size
+from mis_platform.data.benchmarks import Dataset, Sample
+from mis_platform.data.images import ImageRefused, Picture, Reason, file_limit, read_file
 from mis_platform.data.parts import decode_parquet
 from mis_platform.data.schemas import QUARANTINE
 from mis_platform.data.trees import rows_of
@@ -58,7 +60,7 @@ from mis_platform.model.features import (
     photos_at_once,
     prepare,
 )
-from mis_platform.progress import Progress
+from mis_platform.progress import Progress, say
 from mis_platform.stages import cluster
 from mis_platform.stages.products import TREES_PRODUCT, Product
 from mis_platform.storage import READERS, Storage, StorageError
@@ -67,6 +69,7 @@ VERSION = 3  # 3 and 2: a few merge costs differ in their last bits, and with 3 
 
 QUARANTINE_FILE = "quarantine.parquet"
 DIGEST_KEY = b"mis_platform.digest"  # in the metadata of a part: what its rows must add up to
+MORE_KEY = b"mis_platform.first_frames"  # there too, if any: ids of photos that have more frames or pages, as JSON
 
 LEDGER_FILE = ".parts.parquet"  # parts that were read and found whole
 LEDGER_BYTES = 2**28  # of parts, that took long enough to read
@@ -74,9 +77,11 @@ LARGEST_LEDGER = 2**34  # bytes, unpacked: 10^8 ids
 LEDGER = pa.schema(
     {
         **{"name": pa.string(), "rows": pa.int64(), "bytes": pa.int64(), "sha256": pa.string(), "digest": pa.string()},
-        "image_ids": pa.list_(pa.string()),
+        **{"image_ids": pa.list_(pa.string()), "has_more": pa.list_(pa.string())},
     }
 )
+
+RECORDED = ("parts", "image_ids", "refused", "refused_copies", "has_more")  # lists in the record of a chunk
 
 INTERNAL = "INTERNAL"  # reason of a photo whose computation failed without a known cause
 OUT_OF_MEMORY = "OUT_OF_MEMORY"  # stops the run
@@ -95,15 +100,36 @@ DEATHS = (
 HEADERS_PER_TASK = 512  # photos; 0.4 ms each on a disk
 CHUNKS_PER_WORKER = 4  # in a wave, at least; its end, when some workers have nothing left to do, must not count
 MANY_PARTS = 16_384  # where chunks start to grow with the data set: a manifest lists every part
+MAX_FILES = 1024  # with one content that are computed together; each is read, and its row is written
 MAX_CHUNK = 128  # photos that they grow to: a training reads a whole part to get at one tree
 PART_BYTES = 32 * 2**20  # of rows in memory; a chunk with more becomes several parts
 EXTRACTORS_PER_GPU = 4  # processes that share it: moving a photo's features takes longer than computing them
 WINDOW_BYTES = 32 * 2**20  # of pixels that wait for others of their size; one photo more than that may be held
 
 Step = TypeVar("Step")
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 Row = dict[str, Any]
-Photo = tuple[str, bytes]  # image id, path
+Name = tuple[str, bytes]  # image id, path
+
+
+class Photo(NamedTuple):
+    """A file to compute, and the files that get its row too."""
+
+    image_id: str
+    path: bytes
+    copies: tuple[Name, ...] = ()  # files with the same content
+    has_more: bool = False  # frames or pages; the first one counts
+    is_copy: bool = False  # of one that was computed
+
+    def files(self) -> Iterator["Photo"]:
+        """This one and its copies, each alone."""
+        yield self._replace(copies=())
+        yield from (Photo(*name, has_more=self.has_more, is_copy=True) for name in self.copies)
+
+    def without(self, image_ids: Set[str]) -> "Photo | None":
+        """What is left of it when these are done."""
+        left = [each for each in self.files() if each.image_id not in image_ids]
+        return Photo(*left[0][:2], tuple((each.image_id, each.path) for each in left[1:])) if left else None
 
 
 class Refused(NamedTuple):
@@ -114,6 +140,13 @@ class Refused(NamedTuple):
     stage: str  # "list", "decode", "features" or "merge"; "worker" where that is not known
     reason: str  # name of a Reason, or INTERNAL
     message: str
+
+
+class Result(NamedTuple):
+    """What came of one file."""
+
+    photo: Photo  # alone
+    made: Row | Refused
 
 
 class Decoded(NamedTuple):
@@ -141,6 +174,7 @@ class Found(NamedTuple):
 
     part: Part
     image_ids: tuple[str, ...]
+    has_more: tuple[str, ...] = ()  # those of photos with more frames or pages
 
 
 def precompute(
@@ -172,17 +206,23 @@ def precompute(
     finished = {image_id for each in found for image_id in each.image_ids}
     missing = sorted(sample for sample in dataset.samples if sample.image_id not in finished)
     parts, refused = [each.part for each in found], list_refused(dataset)
+    has_more = [image_id for each in found for image_id in each.has_more]
     done = len(finished)
     del found, finished
     if missing:
-        photos = ((sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in missing)
+        if dataset.copies:
+            copies = sum(map(len, dataset.copies)) - len(dataset.copies)
+            say(product.name, f"{copies} of {len(dataset)} photos are copies of others, which are computed once")
+        photos = bring_together(missing, dataset)
         resources = resources.model_copy(update={"chunk_images": images_in_a_chunk(len(dataset), resources)})
         with cluster.cluster(out, dataset):
             progress = Progress(product.name, len(dataset), "images", start=done)
-            made, failed = compute_all(photos, features, data, resources, out, progress, product)
-        parts, refused = parts + made, refused + failed
+            tally = compute_all(photos, features, data, resources, out, progress, product)
+        parts, refused, has_more = parts + tally.parts, refused + tally.refused, has_more + tally.has_more
     write_quarantine(refused, out)
     _check_outcome(dataset, parts, refused, out)
+    if has_more:
+        say(product.name, first_frames(dataset, has_more))
     seconds = time.monotonic() - began
     return Output(
         parts=tuple(parts),
@@ -193,6 +233,7 @@ def precompute(
             "seconds": round(seconds, 1),
             "images_per_second": round(len(missing) / seconds, 2),
             "bytes": sum(part.bytes for part in parts),
+            **({"first_frames": len(has_more)} if has_more else {}),
         },
     )
 
@@ -200,6 +241,39 @@ def precompute(
 def images_in_a_chunk(images: int, resources: Resources) -> int:
     """Photos that are computed together. images: of the whole data set, so that a resumed run has the same chunks."""
     return max(resources.chunk_images, min(MAX_CHUNK, -(-images // MANY_PARTS)))
+
+
+def bring_together(samples: Sequence[Sample], dataset: Dataset) -> Iterator[Photo]:
+    """A photo for each of the samples, which are of the data set, but one alone for those with the same content.
+
+    It stands where the first of them does. What the files were when the data set was read decides.
+    """
+    group_of = {image_id: number for number, group in enumerate(dataset.copies) for image_id in group}
+    groups: dict[int, list[Name]] = {}
+
+    def name(sample: Sample) -> Name:
+        return sample.image_id, os.fsencode(dataset.root / sample.image)
+
+    for sample in samples if group_of else ():
+        if sample.image_id in group_of:
+            groups.setdefault(group_of[sample.image_id], []).append(name(sample))
+    for sample in samples:
+        if sample.image_id not in group_of:
+            yield Photo(*name(sample))
+        else:  # all of a group at the first of them
+            names = groups.pop(group_of[sample.image_id], [])
+            for start in range(0, len(names), MAX_FILES):
+                first, *others = names[start : start + MAX_FILES]
+                yield Photo(*first, tuple(others))
+
+
+def first_frames(dataset: Dataset, image_ids: Sequence[str]) -> str:
+    """A line about photos of which more is there than what is used."""
+    files = {sample.image_id: sample.image for sample in dataset.samples if sample.image_id in set(image_ids)}
+    named = ", ".join(printable(files[image_id]) for image_id in sorted(image_ids)[:3])
+    one = "photo has" if len(image_ids) == 1 else "photos have"
+    rest = ", ..." if len(image_ids) > 3 else ""
+    return f"{len(image_ids)} {one} several frames or pages, of which the first one counts ({named}{rest})"
 
 
 def _check_outcome(dataset: Dataset, parts: Sequence[Part], refused: Sequence[Refused], out: Storage) -> None:
@@ -229,8 +303,34 @@ def attempt(photo: Photo, stage: str, step: Callable[[], Step]) -> Step | Refuse
         reason, message = refusal.reason.value, refusal.message
     except Exception as error:
         reason, message = OUT_OF_MEMORY if _is_out_of_memory(error) else INTERNAL, f"{type(error).__name__}: {error}"
-    image_id, path = photo
-    return Refused(image_id, printable(os.fsdecode(path)), stage, reason, printable(message)[:MESSAGE_LETTERS])
+    path = printable(os.fsdecode(photo.path))
+    return Refused(photo.image_id, path, stage, reason, printable(message)[:MESSAGE_LETTERS])
+
+
+def results_of(
+    photo: Photo, features: np.ndarray | Refused, product: Product, make: Callable[[str, np.ndarray], Row]
+) -> Iterator[Result]:
+    """What comes of a photo, and the same for each of its copies.
+
+    features: float32 [gh, gw, C], or a refusal, which is handed on; make: the row of an image id and features.
+    """
+
+    def made_for(each: Photo) -> Row | Refused:
+        if isinstance(features, Refused):
+            return features
+        return attempt(each, product.step, lambda: make(each.image_id, features))
+
+    made = made_for(photo)
+    for each in photo.files():
+        if not each.is_copy:
+            yield Result(each, made)
+        elif isinstance(made, Refused):
+            path = printable(os.fsdecode(each.path))
+            yield Result(each, made._replace(image_id=each.image_id, path=path))
+        elif product.is_drawn:
+            yield Result(each, made_for(each))
+        else:
+            yield Result(each, {**made, "image_id": each.image_id})
 
 
 def printable(text: str) -> str:
@@ -247,10 +347,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 # -- photos in company -----------------------------------------------------------------------------------------------
 
-Finish = Callable[[Decoded, np.ndarray | Refused], Result]  # of features float32 [gh, gw, C]
+Finish = Callable[[Decoded, np.ndarray | Refused], Outcome]  # of features float32 [gh, gw, C]
 
 
-def describe_all(decoded: Iterable[Decoded], extractor: Extractor, finish: Finish[Result]) -> Iterator[Result]:
+def describe_all(decoded: Iterable[Decoded], extractor: Extractor, finish: Finish[Outcome]) -> Iterator[Outcome]:
     """What `finish` makes of each photo and its features, in order.
 
     Photos of one network size are described together, as many as the extractor takes. One that fails takes no other
@@ -276,8 +376,8 @@ def _windows(decoded: Iterable[Decoded], batch_size: int) -> Iterator[list[Decod
         yield window
 
 
-def _finish_window(window: Sequence[Decoded], extractor: Extractor, finish: Finish[Result]) -> list[Result]:
-    results: dict[int, Result] = {}
+def _finish_window(window: Sequence[Decoded], extractor: Extractor, finish: Finish[Outcome]) -> list[Outcome]:
+    results: dict[int, Outcome] = {}
     for places in _groups(window, extractor):
         for place, features in zip(places, _describe_group([window[place] for place in places], extractor)):
             results[place] = finish(window[place], features)
@@ -322,13 +422,20 @@ def describe(group: Sequence[Decoded], extractor: Extractor) -> np.ndarray:
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def write_part(rows: Iterable[Row], out: Storage, product: Product = TREES_PRODUCT) -> Part:
-    """Write rows as one Parquet file, by image id, under a name that follows from the ids."""
+def write_part(
+    rows: Iterable[Row], out: Storage, product: Product = TREES_PRODUCT, has_more: Collection[str] = ()
+) -> Part:
+    """Write rows as one Parquet file, by image id, under a name that follows from the ids.
+
+    has_more: ids of photos with more frames or pages; the file says so.
+    """
     rows = sorted(rows, key=lambda row: row["image_id"])
     image_ids = [row["image_id"] for row in rows]
     digest = combine_digests([product.digest(row) for row in rows])
     table = product.table(rows)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), DIGEST_KEY: digest.encode()})
+    more = [image_id for image_id in image_ids if image_id in has_more]
+    about = {DIGEST_KEY: digest.encode(), **({MORE_KEY: json.dumps(more).encode()} if more else {})}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **about})
     content = _to_parquet(table, product.encoding)
     name = f"{product.name}-{sha256(json.dumps(image_ids).encode())[:16]}.parquet"
     out.write_bytes(name, content)
@@ -366,7 +473,7 @@ def finished_parts(out: Storage, image_ids: Iterable[str], product: Product = TR
 
 
 def _write_ledger(out: Storage, found: Sequence[Found]) -> None:
-    rows = [{**vars(each.part), "image_ids": each.image_ids} for each in found]
+    rows = [{**vars(each.part), "image_ids": each.image_ids, "has_more": each.has_more} for each in found]
     out.write_bytes(LEDGER_FILE, _to_parquet(pa.Table.from_pylist(rows, schema=LEDGER)))
 
 
@@ -376,8 +483,11 @@ def _read_ledger(out: Storage) -> dict[str, Found]:
         table = decode_parquet(out.read_bytes(LEDGER_FILE), LEDGER, LARGEST_LEDGER)
     except (FileNotFoundError, ValueError, pa.ArrowException):
         return {}
-    rows = table.to_pylist()
-    return {row["name"]: Found(image_ids=tuple(row.pop("image_ids")), part=Part(**row)) for row in rows}
+    return {row["name"]: _known(**row) for row in table.to_pylist()}
+
+
+def _known(image_ids: Sequence[str], has_more: Sequence[str], **part: Any) -> Found:
+    return Found(Part(**part), tuple(image_ids), tuple(has_more))
 
 
 def _read_part(name: str, content: bytes, product: Product) -> Found | None:
@@ -390,10 +500,11 @@ def _read_part(name: str, content: bytes, product: Product) -> Found | None:
         if digest != combine_digests([product.digest(row) for row in rows_of(table)]):
             return None
         image_ids = tuple(table["image_id"].to_pylist())
+        has_more = tuple(map(str, json.loads((table.schema.metadata or {}).get(MORE_KEY, b"[]"))))
     except (ValueError, KeyError, OSError, pa.ArrowException):  # in memory, an OSError is a damaged file
         return None
     part = Part(name=name, rows=len(image_ids), bytes=len(content), sha256=sha256(content), digest=digest)
-    return Found(part, image_ids)
+    return Found(part, image_ids, tuple(image_id for image_id in has_more if image_id in image_ids))
 
 
 def list_refused(dataset: Dataset) -> list[Refused]:
@@ -411,28 +522,32 @@ def write_quarantine(refused: Iterable[Refused], out: Storage) -> None:
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
-# What a worker returns of a chunk, as JSON in one column: its parts, its refused photos, and why it could not write.
+# What a worker returns of a chunk, as JSON in one column: its parts, its refused photos and the copies of those, photos
+# with more frames, and why it could not write.
 # Errors travel as values, because Ray Data wraps exceptions in its own.
 
 
-def finish_chunk(results: Iterable[Row | Refused], out: Storage, product: Product) -> pa.Table:
+def finish_chunk(results: Iterable[Result], out: Storage, product: Product) -> pa.Table:
     """Write the parts of a chunk, one unless its rows are large; the record that tells the driver."""
-    record: Row = {"parts": [], "image_ids": [], "refused": [], "storage_error": None}
+    record: Row = dict.fromkeys(("storage_error",)) | {name: [] for name in RECORDED}
     rows: list[Row] = []
+    has_more: set[str] = set()
     held = 0
 
     def write() -> None:
-        record["parts"].append(vars(write_part(rows, out, product)))
+        record["parts"].append(vars(write_part(rows, out, product, has_more)))
         record["image_ids"] += [row["image_id"] for row in rows]
+        record["has_more"] += [row["image_id"] for row in rows if row["image_id"] in has_more]
         rows.clear()
 
     try:
-        for result in results:
-            if isinstance(result, Refused):
-                record["refused"].append(result)
+        for photo, made in results:
+            if isinstance(made, Refused):
+                record["refused_copies" if photo.is_copy else "refused"].append(made)
                 continue
-            rows.append(result)
-            held += product.table([result]).nbytes
+            has_more |= {photo.image_id} if photo.has_more else set()
+            rows.append(made)
+            held += product.table([made]).nbytes
             if held >= PART_BYTES:
                 write()
                 held = 0
@@ -450,6 +565,7 @@ class Tally:
         self.progress = progress
         self.parts: list[Part] = []
         self.refused: list[Refused] = []
+        self.has_more: list[str] = []  # image ids
         self.image_ids: set[str] = set()  # of parts and of refused photos, of this wave
         self.barren: list[Refused] = []  # photos that failed since the last part
 
@@ -457,15 +573,16 @@ class Tally:
         """Raises what stops a run, see `precompute`."""
         if record["storage_error"] is not None:
             raise StorageError(record["storage_error"])
-        new = [Refused(*each) for each in record["refused"]]
+        new, copies = ([Refused(*each) for each in record[name]] for name in ("refused", "refused_copies"))
         if record["parts"]:
             self.parts += [Part(**part) for part in record["parts"]]
             self.barren = []
-        self.refused += new
-        self.barren += new
-        self.image_ids.update(record["image_ids"], (each.image_id for each in new))
+        self.refused += new + copies
+        self.has_more += record["has_more"]
+        self.barren += new  # a photo that fails is one photo, however many copies it has
+        self.image_ids.update(record["image_ids"], (each.image_id for each in new + copies))
         check_cause(new, self.barren)
-        done = self.progress.done + len(record["image_ids"]) + len(new)
+        done = self.progress.done + len(record["image_ids"]) + len(new) + len(copies)
         self.progress.update(done, f"{len(self.refused)} quarantined")
 
 
@@ -506,8 +623,8 @@ def compute_all(
     out: Storage,
     progress: Progress,
     product: Product = TREES_PRODUCT,
-) -> tuple[list[Part], list[Refused]]:
-    """Parts and refused photos.
+) -> Tally:
+    """Parts, refused photos, and what else is counted.
 
     Photos of chunks whose workers died are tried again, one by one, so that a photo that ends every process which
     touches it takes no other with it.
@@ -522,16 +639,16 @@ def compute_all(
         chunked = resources.model_copy(update={"chunk_images": chunk_images})
         while left:
             is_through = add_up(compute(left, features, data, chunked, out, product), tally)
-            still = [photo for photo in left if photo[0] not in tally.image_ids]
+            still = [rest for photo in left if (rest := photo.without(tally.image_ids)) is not None]
             gc.collect()  # Ray Data's error handling leaves cycles that keep the first workers, and their CPUs
-            is_stuck = len(still) == len(left) <= LOST_CHUNKS * resources.chunk_images  # more may wait for nodes
+            is_stuck = still == left and len(left) <= LOST_CHUNKS * resources.chunk_images  # more may wait for nodes
             left = still
             if is_through or (is_stuck and chunk_images > 1):
                 break
             if is_stuck:
                 raise RuntimeError(
                     f"workers hang, or the cluster has no room for one: none of {len(left)} photos, of which "
-                    f"{printable(os.fsdecode(left[0][1]))} is the first, was finished in {STALL_SECONDS:.0f} s"
+                    f"{printable(os.fsdecode(left[0].path))} is the first, was finished in {STALL_SECONDS:.0f} s"
                 )
         return left
 
@@ -541,10 +658,12 @@ def compute_all(
             lost = try_all(wave, resources.chunk_images)
             for _ in range(SINGLE_TRIES if len(cluster.nodes()) > 1 else 1):
                 lost = try_all(lost, 1)
-            tally.refused += [Refused(k, printable(os.fsdecode(path)), "worker", INTERNAL, died) for k, path in lost]
+            for each in chain.from_iterable(photo.files() for photo in lost):
+                path = printable(os.fsdecode(each.path))
+                tally.refused.append(Refused(each.image_id, path, "worker", INTERNAL, died))
     finally:
         progress.close()
-    return tally.parts, tally.refused
+    return tally
 
 
 def add_up(records: Iterable[Row], tally: Tally) -> bool:
@@ -581,6 +700,7 @@ def compute(
     are too many of those.
     """
     cluster.quiet_data()
+    cluster.quiet_actors()
     logging.getLogger("ray.data._internal.execution").setLevel(logging.CRITICAL)  # chunks that are left out, at length
     gpus = _gpus(features, resources)
     cut = cut_into_chunks(photos, features, data, resources)
@@ -663,35 +783,71 @@ def _grids(photos: Sequence[Photo], data: DataConfig, patch: int) -> list[tuple[
 @ray.remote(max_retries=0)
 def _read_grids(photos: Sequence[Photo], data: DataConfig, patch: int) -> list[tuple[int, int]]:
     def grid(photo: Photo) -> tuple[int, int]:
-        path = os.fsdecode(photo[1])
+        path = os.fsdecode(photo.path)
         try:
-            size = probe_size(path, max_megapixels=data.max_megapixels, min_side=data.min_side)
+            decoder = sandbox.decoder(untrusted=False)
+            size = decoder.probe_size(path, max_megapixels=data.max_megapixels, min_side=data.min_side)
             height, width = network_size(*size, patch)
         except ImageRefused:
             return 0, 0
         return height // patch, width // patch
 
-    return [grid(photo) for photo in photos]
+    return [grid(Photo(*photo)) for photo in photos]
 
 
 def chunk_dataset(chunks: Sequence[Sequence[Photo]]) -> ray.data.Dataset:
-    """One row a chunk: `image_ids` list<string>, `paths` list<binary>."""
-    rows = []
-    for photos in chunks:
-        image_ids, paths = zip(*photos)
-        rows.append({"image_ids": list(image_ids), "paths": list(paths)})
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
+    """One row a chunk, see `chunk_row`."""
+    return ray.data.from_items([chunk_row(photos) for photos in chunks], override_num_blocks=len(chunks))
 
 
-def photos_of(chunk: pa.Table) -> list[Photo]:
+def chunk_row(photos: Sequence[Photo]) -> Row:
+    """All files: `image_ids` list<string>, `paths` list<binary>; `files` list<int>: how many each photo has."""
+    files = [list(photo.files()) for photo in photos]
+    image_ids, paths = zip(*((each.image_id, each.path) for each in chain.from_iterable(files)))
+    return {"image_ids": list(image_ids), "paths": list(paths), "files": list(map(len, files))}
+
+
+def photos_of(chunk: pa.Table) -> Iterator[Photo]:
     """The photos of a row or several of `chunk_dataset`."""
-    return [photo for row in chunk.to_pylist() for photo in zip(row["image_ids"], row["paths"])]
+    for row in chunk.to_pylist():
+        names = zip(row["image_ids"], row["paths"])
+        for count in row["files"]:
+            first, *copies = islice(names, count)
+            yield Photo(*first, tuple(copies))
 
 
-def decode(photo: Photo, data: DataConfig, untrusted: bool = False) -> np.ndarray:
-    """uint8 [H, W, 3]. Raises ImageRefused."""
+def compared(photos: Iterable[Photo], data: DataConfig) -> Iterator[Photo]:
+    """The photos with those of their copies that are equal to them, byte for byte; the others follow, each alone."""
+    for photo in photos:
+        if not photo.copies:
+            yield photo
+            continue
+        content = _content(photo.path, data)
+        is_same = [content is not None and _content(path, data) == content for _, path in photo.copies]
+        yield photo._replace(copies=tuple(name for name, same in zip(photo.copies, is_same) if same))
+        yield from (Photo(*name) for name, same in zip(photo.copies, is_same) if not same)
+
+
+def _content(path: bytes, data: DataConfig) -> bytes | None:
+    try:
+        return read_file(os.fsdecode(path), file_limit(data.max_megapixels))
+    except ImageRefused:  # why will be said when it is decoded
+        return None
+
+
+def decode(photo: Photo, data: DataConfig, untrusted: bool = False) -> Picture:
+    """Raises ImageRefused."""
     decoder = sandbox.decoder(untrusted)
-    return decoder.read_image(os.fsdecode(photo[1]), max_megapixels=data.max_megapixels, min_side=data.min_side)
+    path = os.fsdecode(photo.path)
+    return decoder.read_picture(path, max_megapixels=data.max_megapixels, min_side=data.min_side)
+
+
+def decoded(photo: Photo, data: DataConfig, untrusted: bool = False) -> Decoded:
+    """A photo with its pixels, or with why it was refused."""
+    picture = attempt(photo, "decode", functools.partial(decode, photo, data, untrusted))
+    if isinstance(picture, Refused):
+        return Decoded(photo, picture)
+    return Decoded(photo._replace(has_more=picture.has_more), picture.pixels)
 
 
 def in_whole_chunks(
@@ -754,21 +910,22 @@ class ChunkWorker:
     def __call__(self, chunk: pa.Table) -> pa.Table:
         return finish_chunk(self.rows(photos_of(chunk)), self.out, self.product)
 
-    def rows(self, photos: Iterable[Photo]) -> Iterator[Row | Refused]:
-        """One row or refusal for each photo, in their order, decoded while they are asked for."""
-        return describe_all(map(self.decoded, photos), self.extractor, self.row)
+    def rows(self, photos: Iterable[Photo]) -> Iterator[Result]:
+        """One result for each photo and each of its copies, in their order, decoded while they are asked for."""
+        each = map(self.decoded, compared(photos, self.data))
+        return chain.from_iterable(describe_all(each, self.extractor, self.results))
 
     def decoded(self, photo: Photo) -> Decoded:
         """A photo with its pixels, or with why it was refused."""
-        return Decoded(photo, attempt(photo, "decode", lambda: decode(photo, self.data, self.untrusted)))
+        return decoded(photo, self.data, self.untrusted)
 
-    def row(self, decoded: Decoded, features: np.ndarray | Refused) -> Row | Refused:
-        """The product's row of a photo; features float32 [gh, gw, C], or the refusal, which is handed on."""
-        if isinstance(features, Refused):
-            return features
-        pixels = cast(np.ndarray, decoded.pixels)
-        make = functools.partial(self.product.make, decoded.photo[0], decoded.size, features, pixels)
-        return attempt(decoded.photo, self.product.step, make)
+    def results(self, decoded: Decoded, features: np.ndarray | Refused) -> list[Result]:
+        """The product's rows of a photo and its copies; features float32 [gh, gw, C], or a refusal, handed on."""
+
+        def make(image_id: str, features: np.ndarray) -> Row:
+            return self.product.make(image_id, decoded.size, features, cast(np.ndarray, decoded.pixels))
+
+        return list(results_of(decoded.photo, features, self.product, make))
 
 
 # With GPUs a photo travels from task to actor to task to task: one row, its arrays as bytes.
@@ -776,6 +933,9 @@ TRAVELLING = pa.schema(
     {
         "image_id": pa.string(),
         "path": pa.binary(),
+        "copies": pa.list_(pa.struct({"image_id": pa.string(), "path": pa.binary()})),
+        "has_more": pa.bool_(),
+        "is_copy": pa.bool_(),
         "height": pa.int32(),  # pixels
         "width": pa.int32(),
         "shape": pa.list_(pa.int32()),
@@ -814,12 +974,11 @@ def decode_chunk(
     chunk: pa.Table, features: FeaturesConfig, data: DataConfig, untrusted: bool = False
 ) -> Iterator[pa.Table]:
     """A row of TRAVELLING for each photo: pixels of the network's size, or why it was refused."""
-    for photo in photos_of(chunk):
-        decoded = Decoded(photo, attempt(photo, "decode", functools.partial(decode, photo, data, untrusted)))
-        pixels = decoded.pixels
+    for each in compared(photos_of(chunk), data):
+        photo, pixels, _ = found = decoded(each, data, untrusted)
         if not isinstance(pixels, Refused):
             pixels = attempt(photo, "features", functools.partial(prepare, pixels, patch_size(features)))
-        yield pack(photo, decoded.size, pixels)
+        yield pack(photo, found.size, pixels)
 
 
 class FeatureWorker:
@@ -839,27 +998,37 @@ def arrived(travelling: pa.Table) -> Decoded:
     return Decoded(photo, pixels, size)
 
 
-def merge_photo(travelling: pa.Table, data: DataConfig, product: Product, untrusted: bool = False) -> pa.Table:
-    """Pixels are decoded again where a product needs them: they are what is large."""
+def merge_photo(
+    travelling: pa.Table, data: DataConfig, product: Product, untrusted: bool = False
+) -> Iterator[pa.Table]:
+    """A row for the photo and one for each of its copies.
+
+    Pixels are decoded again where a product needs them: they are what is large.
+    """
     _warm_up(product)
     photo, size, features = unpack(travelling, np.float32)
-    if isinstance(features, Refused):
-        return travelling
 
-    def make() -> Row:
-        return product.make(photo[0], size, features, decode(photo, data, untrusted) if product.needs_pixels else None)
+    @functools.cache
+    def pixels() -> np.ndarray | None:
+        return decode(photo, data, untrusted).pixels if product.needs_pixels else None
 
-    made = attempt(photo, product.step, make)
-    return pack(photo, size, made if isinstance(made, Refused) else to_stream(product.table([made])))
+    def make(image_id: str, features: np.ndarray) -> Row:
+        return product.make(image_id, size, features, pixels())
+
+    for each, made in results_of(photo, features, product, make):
+        yield pack(each, size, made if isinstance(made, Refused) else to_stream(product.table([made])))
 
 
 def write_chunk(travelling: pa.Table, out: Storage, product: Product) -> pa.Table:
     """Rows of TRAVELLING with what was made of them -> the record of their parts."""
 
-    def results() -> Iterator[Row | Refused]:
+    def results() -> Iterator[Result]:
         for k in range(len(travelling)):
-            _, _, made = unpack(travelling.slice(k, 1), np.uint8)
-            yield made if isinstance(made, Refused) else pa.ipc.open_stream(made).read_all().to_pylist()[0]
+            photo, _, made = unpack(travelling.slice(k, 1), np.uint8)
+            if isinstance(made, Refused):
+                yield Result(photo, made)
+            else:
+                yield Result(photo, pa.ipc.open_stream(made).read_all().to_pylist()[0])
 
     return finish_chunk(results(), out, product)
 
@@ -879,7 +1048,8 @@ def _warm_up(product: Product) -> None:
 
 def pack(photo: Photo, size: tuple[int, ...], content: np.ndarray | Refused) -> pa.Table:
     """One row of TRAVELLING. size: (height, width) of the photo in pixels."""
-    row: Row = {"image_id": photo[0], "path": photo[1], "height": size[0], "width": size[1]}
+    copies = [{"image_id": image_id, "path": path} for image_id, path in photo.copies]
+    row: Row = {**photo._asdict(), "copies": copies, "height": size[0], "width": size[1]}
     if isinstance(content, Refused):
         return pa.Table.from_pylist([row | {"refused": list(content)}], schema=TRAVELLING)
     table = pa.Table.from_pylist([row | {"shape": content.shape}], schema=TRAVELLING)
@@ -897,4 +1067,6 @@ def unpack(travelling: pa.Table, dtype: type[np.generic]) -> tuple[Photo, tuple[
         if row["refused"] is not None
         else np.frombuffer(travelling["values"][0].as_buffer(), dtype).reshape(row["shape"])
     )
-    return (row["image_id"], row["path"]), (row["height"], row["width"]), content
+    copies = tuple((each["image_id"], each["path"]) for each in row["copies"])
+    photo = Photo(row["image_id"], row["path"], copies, row["has_more"], row["is_copy"])
+    return photo, (row["height"], row["width"]), content

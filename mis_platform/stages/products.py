@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 
-from mis_platform.baselines.sources import propose
+from mis_platform.baselines.sources import DRAWING, propose
 from mis_platform.config import SourcesConfig
 from mis_platform.data import proposals
 from mis_platform.data.schemas import PROPOSALS, TREES
@@ -30,6 +30,10 @@ class Product(Protocol):
     schema: ClassVar[pa.Schema]
     encoding: ClassVar[Mapping[str, str]]  # column -> Parquet encoding, where another packs better than plain values
     needs_pixels: ClassVar[bool]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether `make` draws by the image's id, so that files with the same content have rows of their own."""
 
     def __hash__(self) -> int:
         """Equal products make equal rows: a process keeps what it prepared for one."""
@@ -64,6 +68,11 @@ class Trees:
         "costs.list.element": "BYTE_STREAM_SPLIT",
     }
 
+    @property
+    def is_drawn(self) -> bool:
+        """As `Product.is_drawn`: merging draws nothing."""
+        return False
+
     def warm_up(self) -> None:
         """Compile the merging, or load it from numba's cache."""
         ward.warm_up()
@@ -96,6 +105,11 @@ class SourceProposals:
     schema: ClassVar[pa.Schema] = PROPOSALS
     needs_pixels: ClassVar[bool] = True
     encoding: ClassVar[Mapping[str, str]] = {"masks.list.element.list.element": "DELTA_BINARY_PACKED"}
+
+    @property
+    def is_drawn(self) -> bool:
+        """As `Product.is_drawn`."""
+        return self.source in DRAWING
 
     def warm_up(self) -> None:
         """Nothing is compiled."""

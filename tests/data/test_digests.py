@@ -352,3 +352,31 @@ def test_threads_recall_what_threads_have_read(photos: Path) -> None:
     ]
     assert again.contents(files) == memory.contents(files) == expected
     assert not again._new
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_known_from_what_the_digest_read(photos: Path, opened: list[str]) -> None:
+    """Nothing is read for them that the digest has read, and it is what it was; files that are gone are no copies."""
+    for copy, of in (("050", "000"), ("099", "000"), ("020", "010")):
+        (photos / f"{copy}.jpg").write_bytes((photos / f"{of}.jpg").read_bytes())
+    settle()
+    dataset = open_dataset(f"folder:{photos}")
+    for gone in ("001", "002"):
+        (photos / f"{gone}.jpg").unlink()
+    total = hashlib.sha256()
+    for image_id in sorted(dataset.image_ids):
+        content = b"" if image_id in ("001", "002") else (photos / f"{image_id}.jpg").read_bytes()
+        known = f"{len(content)} {hashlib.sha256(content).hexdigest()}" if content else "absent"
+        total.update(hashlib.sha256(f"{image_id!r}\n{known}".encode()).digest())
+    assert dataset.digest() == total.hexdigest()
+    opened.clear()
+    expected = {("000", "050", "099"), ("010", "020")}
+    assert set(dataset.copies) == expected
+    again = open_dataset(f"folder:{photos}")
+    assert set(again.copies) == expected, "also where nobody asked for a digest"
+    assert [path for path in opened if path.endswith(".jpg")] == []
+    (photos / "050.jpg").write_bytes(b"another one")
+    assert set(replace(again).copies) == {("000", "099"), ("010", "020")}
+    assert open_dataset(f"folder:{photos}").subset(0.05, 0).copies == ()

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from processes import common_ground, without_rights
 
 from mis_platform.data import images
-from mis_platform.data.images import ImageRefused, Reason, list_images, probe_size, read_image
+from mis_platform.data.images import ImageRefused, Reason, list_images, probe_size, read_image, read_picture
 
 
 def photo(height: int = 37, width: int = 53, seed: int = 0) -> np.ndarray:
@@ -210,6 +210,22 @@ def test_of_several_pages_and_frames_the_first_counts() -> None:
     first, second = (np.full((20, 30, 3), level, np.uint8) for level in (10, 200))
     gif = encoded(Image.fromarray(first), "GIF", save_all=True, append_images=[Image.fromarray(second)])
     np.testing.assert_array_equal(read_image(gif), first)
+
+
+@pytest.mark.parametrize("image_format", ["TIFF", "PNG", "WEBP", "GIF"])
+def test_more_pages_and_frames_are_noticed(image_format: str) -> None:
+    frames = [Image.fromarray(photo(seed=k)) for k in range(3)]
+    assert read_picture(encoded(frames[0], image_format, save_all=True, append_images=frames[1:])).has_more is True
+    assert read_picture(encoded(frames[0], image_format)).has_more is False
+
+
+def test_what_a_phone_puts_behind_a_jpeg_is_no_frame() -> None:
+    """A gain map or a depth image, as a second picture of the same file."""
+    two = encoded(Image.fromarray(photo()), "MPO", save_all=True, append_images=[Image.fromarray(photo(seed=1))])
+    assert Image.open(io.BytesIO(two)).n_frames == 2
+    found = read_picture(two)
+    assert not found.has_more
+    np.testing.assert_array_equal(found.pixels, read_image(encoded(Image.fromarray(photo()), "JPEG")))
 
 
 def test_tiled_and_lzw_tiffs() -> None:

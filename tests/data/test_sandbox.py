@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from hostile_files import (
     instances_mat,
     jpeg_of_scans,
     picture,
+    png_chunk,
+    tiff_of_strips,
 )
 from PIL import Image
 
@@ -170,6 +173,82 @@ def test_a_file_that_takes_too_long_costs_one_child(monkeypatch: pytest.MonkeyPa
         box.close()
 
 
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """The child that photos of trusted folders may meet, with less time than they have."""
+    box = Sandbox(sandbox.TRUSTED._replace(cpu=1))
+    monkeypatch.setattr(sandbox, "shared", lambda limits: {sandbox.TRUSTED: box}[limits])
+    yield box
+    box.close()
+
+
+def run_length_bmp() -> bytes:
+    """8 x 8 pixels of palette entry 3, as runs."""
+    start = (
+        b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 1, *[0] * 5)
+    )
+    return start + bytes(1024) + b"\x08\x03\0\0" * 8 + b"\0\1"
+
+
+SLOW = {
+    "tiff": lambda: encoded(picture(), "TIFF", compression="tiff_lzw"),
+    "big-endian tiff": lambda: encoded(picture(mode="I;16"), "TIFF", big_tiff=True),
+    "run-length bmp": run_length_bmp,
+    "large": lambda: encoded(picture(), "PNG")[:-12] + png_chunk(b"prVt", bytes(9 << 20)) + png_chunk(b"IEND", b""),
+    "jpeg of 20 scans": lambda: jpeg_of_scans(64, 12),
+    "pages": lambda: encoded(picture(), "TIFF", save_all=True, append_images=[picture(seed=1)]),
+}
+QUICK = {
+    "jpeg": lambda: encoded(picture(), "JPEG"),
+    "progressive jpeg": lambda: encoded(picture(), "JPEG", progressive=True),
+    "png": lambda: encoded(picture(), "PNG"),
+    "webp": lambda: encoded(picture(), "WEBP"),
+    "gif": lambda: encoded(picture(mode="P"), "GIF"),
+    "bmp": lambda: encoded(picture(), "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", [*SLOW, *QUICK])
+def test_of_trusted_folders_only_what_may_be_slow_goes_to_a_child(kind: str, trusted: Sandbox, tmp_path: Path) -> None:
+    content = (SLOW | QUICK)[kind]()
+    (tmp_path / "a.jpg").write_bytes(content)
+    dataset = open_dataset(f"folder:{tmp_path}")
+    np.testing.assert_array_equal(dataset.read_image("a"), images.read_image(content))
+    assert dataset.probe_size("a") == images.probe_size(content)
+    found = sandbox.decoder(untrusted=False).read_picture(tmp_path / "a.jpg")
+    assert found.has_more is (kind == "pages")
+    assert trusted.started == (kind in SLOW)
+
+
+def test_a_slow_file_of_a_trusted_folder_ends_with_its_time(trusted: Sandbox, tmp_path: Path) -> None:
+    """30 000 strips, that are the same megabyte of blocks without content: 1.2 MB that take half a minute here."""
+    few, many = (tiff_of_strips(rows, 200_000) for rows in (300, 30_000))
+    began = time.process_time()
+    assert (images.read_image(few) == 7).all()
+    seconds = 100 * (time.process_time() - began)
+    assert seconds > 3 * trusted.limits.cpu, "the file takes longer than it may"
+    (tmp_path / "slow.jpg").write_bytes(many)
+    (tmp_path / "good.tif").write_bytes(encoded(picture(), "TIFF"))
+    dataset = open_dataset(f"folder:{tmp_path}")
+    with pytest.raises(ImageRefused, match=r"TIMEOUT: decoding took more than 1 s of CPU time"):
+        dataset.read_image("slow")
+    np.testing.assert_array_equal(dataset.read_image("good"), np.asarray(picture()))
+    assert trusted.started == 2
+
+
+def test_photos_of_trusted_folders_may_need_memory(tmp_path: Path) -> None:
+    """More than those of others: what was within data.max_megapixels before still is."""
+    assert sandbox.TRUSTED.memory is None
+    assert (sandbox.TRUSTED.cpu, Limits().cpu) == (10, 10)
+    box = Sandbox(sandbox.TRUSTED)
+    try:
+        large = encoded(Image.new("F", (7_800, 7_700), 0.5), "TIFF")  # 60 megapixels
+        assert refusal(box, large).reason is Reason.TOO_LARGE
+        assert box.read_image(large, max_megapixels=100).shape == (7_700, 7_800, 3)
+    finally:
+        box.close()
+
+
 def test_a_file_that_needs_too_much_memory_costs_one_child() -> None:
     box = Sandbox(Limits(memory=64 * 2**20))
     try:
@@ -192,8 +271,8 @@ DEATHS = {
 
 def test_however_a_decoder_ends_the_next_file_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = "".join(f"    if content == {content!r}: {what}\n" for content, (what, _, _) in DEATHS.items())
-    decoder = f"import time\ndef read_image(content, **limits):\n{cases}    return real(content, **limits)\n"
-    start = f"{SERVE}real = sandbox.images.read_image\n{decoder}sandbox.images.read_image = read_image\n"
+    decoder = f"import time\ndef read_picture(content, **limits):\n{cases}    return real(content, **limits)\n"
+    start = f"{SERVE}real = sandbox.images.read_picture\n{decoder}sandbox.images.read_picture = read_picture\n"
     monkeypatch.setattr(sandbox, "_START", f"{start}sandbox.serve(handle)")
     box, good = Sandbox(Limits(wall=3.0)), encoded(picture(), "PNG")
     try:
@@ -221,7 +300,7 @@ def test_the_child_can_reach_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     }
     code = f"""{SERVE}
 import socket, subprocess, json
-def read_image(content, **limits):
+def read_picture(content, **limits):
     got = {{"environment": sorted(os.environ), "cwd": os.getcwd()}}
     for name, probe in {probes!r}.items():
         try:
@@ -229,7 +308,7 @@ def read_image(content, **limits):
         except Exception as error:
             got[name] = type(error).__name__ + " " + str(error)
     raise ValueError(json.dumps(got))
-sandbox.images.read_image = read_image
+sandbox.images.read_picture = read_picture
 sandbox.serve(handle)
 """
     monkeypatch.setattr(sandbox, "_START", code)

@@ -23,11 +23,11 @@ from mis_platform.storage import Storage
 
 class Noting(precompute.ChunkWorker):
     def decoded(self, photo: precompute.Photo) -> precompute.Decoded:
-        note = f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {photo[0]}\n"
+        note = f"{ray.get_runtime_context().get_node_id()} {os.getpid()} {photo.image_id}\n"
         with open(f"{self.out.uri}.computed", "a") as file:
             file.write(note)
         scar = Path(f"{self.out.uri}.hung")
-        if scar.exists() and scar.read_text() == photo[0]:
+        if scar.exists() and scar.read_text() == photo.image_id:
             scar.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
         return super().decoded(photo)

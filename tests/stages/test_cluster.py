@@ -359,3 +359,50 @@ def test_a_gpu_that_is_wanted_and_not_there_is_an_error(monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="use_gpu=true, but the cluster has no GPU"):
         precompute._gpus(FeaturesConfig(extractor="color_texture"), Resources(use_gpu=True))
     assert cluster.usable_gpus(Resources()) == 0
+
+
+# -- what Ray says ---------------------------------------------------------------------------------------------------
+
+TALK = """
+    import os, sys
+    import ray
+    from mis_platform.stages import cluster
+
+    class Worker:
+        def __init__(self, argument):
+            pass
+
+    with cluster.cluster():
+        if sys.argv[1] == "quiet":
+            cluster.quiet_actors()
+            assert cluster.quiet_actors() is None, "the second call does nothing"
+        worker = ray.remote(Worker).options(num_cpus=0, max_restarts=-1).remote(ray.put(0))  # as Ray Data starts them
+        ray.kill(worker)
+        os.write(2, b"the end")
+"""
+
+
+@pytest.mark.ray
+def test_the_line_about_actors_that_may_be_restarted_is_not_seen(ray_cluster: None) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(TALK), how],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for how in ("quiet", "loud")
+    ]
+    quiet, loud = (child.communicate(timeout=100)[1] for child in children)
+    assert [child.returncode for child in children] == [0, 0], quiet + loud
+    assert "core_worker.cc" in loud, "Ray has stopped to say it: `quiet_actors` can go"
+    assert quiet == "the end"
+
+
+def test_only_the_line_that_is_held_back_is_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with cluster._held_back(b"useless"):
+        os.write(2, b"one\na useless line\ntwo\nthree, without an end")
+    os.write(2, b"\nfour\n")
+    assert capfd.readouterr().err == "one\ntwo\nthree, without an end\nfour\n"

@@ -19,7 +19,17 @@ import ray.data
 import torch
 from hostile_files import hostile_photos, write_all
 from PIL import Image
-from precompute_material import FEATURES, expected_rows, files_of, quarantine_in, row_of, rows_in, run, write_photos
+from precompute_material import (
+    FEATURES,
+    expected_rows,
+    files_of,
+    listed,
+    quarantine_in,
+    row_of,
+    rows_in,
+    run,
+    write_photos,
+)
 
 from mis_platform.artifacts import Output, Part, Stage, combine_digests, ensure, read_manifest
 from mis_platform.config import DataConfig, FeaturesConfig, Resources, SourcesConfig
@@ -32,7 +42,7 @@ from mis_platform.model.features import Extractor, build_extractor
 from mis_platform.progress import Progress
 from mis_platform.simulation.ward import merge
 from mis_platform.stages import precompute
-from mis_platform.stages.products import TREES_PRODUCT, SourceProposals
+from mis_platform.stages.products import TREES_PRODUCT, SourceProposals, Trees
 from mis_platform.storage import TEMPORARY, Storage, StorageError
 from mis_platform.verification import verify
 
@@ -189,7 +199,8 @@ def tally_of(chunks: Iterable[list[precompute.Refused | None]]) -> precompute.Ta
         good = [image_id for image_id, each in zip(ids, chunk) if each is None]
         parts = [vars(Part(name=f"trees-{k}", rows=len(good), bytes=1, sha256="", digest="0"))] if good else []
         bad = [each._replace(image_id=image_id) for image_id, each in zip(ids, chunk) if each is not None]
-        record = {"parts": parts, "image_ids": good, "refused": bad, "storage_error": None}
+        record = {"parts": parts, "image_ids": good, "refused": bad, "refused_copies": [], "has_more": []}
+        record["storage_error"] = None
         tally.add(json.loads(json.dumps(record)))
     return tally
 
@@ -210,6 +221,16 @@ def test_failures_in_a_row_stop_a_run() -> None:
     with pytest.raises(StorageError, match="32 photos in a row failed"):
         tally_of([[refusal("UNREADABLE")] * 16] * 2)
     tally_of([[refusal("INTERNAL")] * 31])
+
+
+def test_a_photo_that_fails_fails_once_however_many_copies_it_has() -> None:
+    tally = precompute.Tally(Progress("trees", 200, "images"))
+    copies = [list(refusal("INTERNAL", "features")._replace(image_id=str(k))) for k in range(100)]
+    record: dict[str, Any] = {**{name: [] for name in precompute.RECORDED}, "storage_error": None}
+    tally.add({**record, "refused": copies[:1], "refused_copies": copies[1:]})
+    assert (len(tally.refused), len(tally.image_ids), tally.progress.done) == (100, 100, 100)
+    with pytest.raises(RuntimeError, match="100 photos in a row failed"):
+        tally.add({**record, "refused": copies[1:]})
 
 
 def test_a_photo_that_is_not_there_stops_a_run() -> None:
@@ -235,7 +256,7 @@ def test_reasons_of_failures(error: Exception, reason: str) -> None:
     def fail() -> None:
         raise error
 
-    refused = precompute.attempt(("id", b"/photos/\xff\n.jpg"), "merge", fail)
+    refused = precompute.attempt(precompute.Photo("id", b"/photos/\xff\n.jpg"), "merge", fail)
     assert isinstance(refused, precompute.Refused)
     assert (refused.image_id, refused.stage, refused.reason) == ("id", "merge", reason)
     assert refused.message.startswith(type(error).__name__)
@@ -244,7 +265,7 @@ def test_reasons_of_failures(error: Exception, reason: str) -> None:
 
 def test_torch_and_numpy_say_that_memory_is_short_in_a_known_way() -> None:
     for step in (lambda: torch.empty(1 << 55), lambda: np.empty(1 << 55)):
-        refused = precompute.attempt(("id", b"x"), "features", step)
+        refused = precompute.attempt(precompute.Photo("id", b"x"), "features", step)
         assert isinstance(refused, precompute.Refused)
         assert refused.reason == "OUT_OF_MEMORY", refused.message
 
@@ -265,9 +286,9 @@ def test_workers_leave_untrusted_photos_to_a_child(
     photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that do all steps, and those that decode and merge around a GPU."""
-    photo = ("photo_000", os.fsencode(photos.image_path("photo_000")))
-    chunk = pa.table({"image_ids": [[photo[0]]], "paths": [[photo[1]]]})
-    expected, out = row_of(photos, photo[0]), Storage(str(tmp_path))
+    photo = precompute.Photo("photo_000", os.fsencode(photos.image_path("photo_000")))
+    chunk = pa.Table.from_pylist([precompute.chunk_row([photo])])
+    expected, out = row_of(photos, photo.image_id), Storage(str(tmp_path))
     tokencut = SourceProposals("tokencut", SourcesConfig())  # needs pixels again when it is made
     assert tokencut.needs_pixels
 
@@ -275,17 +296,150 @@ def test_workers_leave_untrusted_photos_to_a_child(
         raise AssertionError("the worker called a decoder")
 
     monkeypatch.setattr(Image, "open", decoder_called)
-    (made,) = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).rows([photo])
+    ((_, made),) = precompute.ChunkWorker(FEATURES, DataConfig(), out, untrusted=True).rows([photo])
     assert isinstance(made, dict)
     np.testing.assert_array_equal(made["children"], expected["children"])
     (decoded,) = precompute.decode_chunk(chunk, FEATURES, DataConfig(), untrusted=True)
     (described,) = precompute.FeatureWorker(FEATURES, "cpu")(decoded)
     for product in (TREES_PRODUCT, tokencut):
-        merged = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
+        (merged,) = precompute.merge_photo(described, DataConfig(), product, untrusted=True)
         (record,) = precompute.write_chunk(merged, out, product)["record"].to_pylist()
-        assert json.loads(record)["image_ids"] == [photo[0]], record
-    (trusted,) = precompute.ChunkWorker(FEATURES, DataConfig(), out).rows([photo])
+        assert json.loads(record)["image_ids"] == [photo.image_id], record
+    ((_, trusted),) = precompute.ChunkWorker(FEATURES, DataConfig(), out).rows([photo])
     assert isinstance(trusted, precompute.Refused), "else this test would tell nothing"
+
+
+# -- copies, without Ray ---------------------------------------------------------------------------------------------
+
+
+def with_copies(photos: Dataset, folder: Path, count: int) -> Dataset:
+    """The first five photos, and `count` copies of photo_003 whose names lie before and behind all of them."""
+    folder.mkdir()
+    for image_id in photos.image_ids[:5]:
+        shutil.copyfile(photos.image_path(image_id), folder / f"{image_id}.jpg")
+    for k in range(count):
+        shutil.copyfile(photos.image_path("photo_003"), folder / f"{'az'[k % 2]}_{k:03d}.jpg")
+    return open_dataset(f"folder:{folder}")
+
+
+def test_copies_are_brought_together(photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = with_copies(photos, tmp_path / "photos", 8)
+
+    def together(without: str = "-") -> list[list[str]]:
+        samples = [sample for sample in dataset.samples if not sample.image_id.startswith(without)]
+        photos = list(precompute.bring_together(samples, dataset))
+        for each in photos:
+            for file in each.files():
+                assert os.fsdecode(file.path) == str(dataset.image_path(file.image_id))
+        return [[file.image_id for file in each.files()] for each in photos]
+
+    behind = ["photo_003", "z_001", "z_003", "z_005", "z_007"]
+    others = [["photo_000"], ["photo_001"], ["photo_002"]]
+    assert together() == [["a_000", "a_002", "a_004", "a_006", *behind], *others, ["photo_004"]]
+    assert together(without="a") == [*others, behind, ["photo_004"]]
+    monkeypatch.setattr(precompute, "MAX_FILES", 4)
+    assert together(without="a") == [*others, behind[:4], behind[4:], ["photo_004"]]
+    assert list(precompute.bring_together(photos.samples, photos)) == listed(photos)
+
+
+def test_what_is_left_of_a_photo_and_its_copies() -> None:
+    photo = precompute.Photo("a", b"/a", (("b", b"/b"), ("c", b"/c")))
+    assert photo.without({"x"}) == photo
+    assert photo.without({"a"}) == precompute.Photo("b", b"/b", (("c", b"/c"),))
+    assert photo.without({"a", "b", "c"}) is None
+
+
+def rows_of_copies(worker: precompute.ChunkWorker, photo: precompute.Photo) -> dict[str, Any]:
+    return {result.photo.image_id: result.made for result in worker.rows([photo])}
+
+
+def test_files_that_are_no_copies_any_more_are_computed_alone(photos: Dataset, tmp_path: Path) -> None:
+    dataset = with_copies(photos, tmp_path / "photos", 8)
+    (photo, *_) = precompute.bring_together(dataset.samples, dataset)
+    shutil.copyfile(dataset.image_path("photo_001"), dataset.image_path("a_002"))
+    dataset.image_path("z_003").write_bytes(b"no image")
+    decoded: list[str] = []
+
+    class Noting(precompute.ChunkWorker):
+        def decoded(self, photo: precompute.Photo) -> precompute.Decoded:
+            decoded.append(photo.image_id)
+            return super().decoded(photo)
+
+    worker = Noting(FEATURES, DataConfig(), Storage(str(tmp_path / "out")))
+    found = rows_of_copies(worker, photo)
+    assert decoded == ["a_000", "a_002", "z_003"]
+    assert found.pop("z_003")[2:4] == ("decode", "NOT_AN_IMAGE")
+    assert len(found) == 8
+    for image_id, row in found.items():
+        assert TREES_PRODUCT.digest(row) == TREES_PRODUCT.digest(row_of(dataset, image_id)), image_id
+    dataset.image_path("a_000").unlink()
+    found = rows_of_copies(worker, photo)
+    assert found.pop("a_000").reason == "GONE"
+    assert sum(isinstance(each, dict) for each in found.values()) == 7
+
+
+@pytest.mark.parametrize(("source", "computed"), [("tokencut", 1), ("dsm", 4), ("freemask", 1)])
+def test_copies_have_the_proposals_that_they_have_alone(
+    photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, computed: int
+) -> None:
+    """What draws by the image's id draws for each of them, from features that are computed once."""
+    product = SourceProposals(source, SourcesConfig())
+    dataset = with_copies(photos, tmp_path / "photos", 3)
+    (photo, *_) = precompute.bring_together(dataset.samples, dataset)
+    worker = precompute.ChunkWorker(FEATURES, DataConfig(), Storage(str(tmp_path / "out")), product)
+    alone = {each.image_id: rows_of_copies(worker, each)[each.image_id] for each in listed(dataset)}
+    calls: list[int] = []
+    made: list[int] = []
+    describe, make = worker.extractor.describe, SourceProposals.make
+    counted = dataclasses.replace(worker.extractor, describe=lambda batch: (calls.append(1), describe(batch))[1])
+    worker.extractor = counted
+    monkeypatch.setattr(SourceProposals, "make", lambda *arguments: (made.append(1), make(*arguments))[1])
+    found = rows_of_copies(worker, photo)
+    assert sorted(found) == ["a_000", "a_002", "photo_003", "z_001"]
+    assert {image_id: product.digest(row) for image_id, row in found.items()} == {
+        image_id: product.digest(alone[image_id]) for image_id in found
+    }
+    assert (len(calls), len(made)) == (1, computed)
+
+
+# -- frames and pages, without Ray -----------------------------------------------------------------------------------
+
+
+def test_parts_say_of_which_photos_there_is_more(
+    photos: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when they are found again, and from the ledger; rows and digests are the same."""
+    monkeypatch.setattr(precompute, "LEDGER_BYTES", 0)
+    results = [precompute.Result(photo, row) for photo, row in zip(listed(photos), expected_rows(photos))]
+    moving = [result._replace(photo=result.photo._replace(has_more=k in (1, 3))) for k, result in enumerate(results)]
+    plain, marked = Storage(str(tmp_path / "plain")), Storage(str(tmp_path / "marked"))
+    records = [
+        json.loads(precompute.finish_chunk(each, out, TREES_PRODUCT)["record"][0].as_py())
+        for each, out in ((results, plain), (moving, marked))
+    ]
+    assert [record["has_more"] for record in records] == [[], ["photo_001", "photo_003"]]
+    assert records[0]["parts"][0]["digest"] == records[1]["parts"][0]["digest"]
+    assert rows_in(tmp_path / "plain") == rows_in(tmp_path / "marked")
+    metadata = pq.read_schema(tmp_path / "plain" / records[0]["parts"][0]["name"]).metadata
+    assert precompute.MORE_KEY not in metadata, "a part without any is the file that it always was"
+    for _ in range(2):
+        (found,) = precompute.finished_parts(marked, photos.image_ids)
+        assert found.has_more == ("photo_001", "photo_003")
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (1, "1 photo has several frames or pages, of which the first one counts (photo_000.jpg)"),
+        (
+            4,
+            "4 photos have several frames or pages, of which the first one counts "
+            "(photo_000.jpg, photo_001.jpg, photo_002.jpg, ...)",
+        ),
+    ],
+)
+def test_the_line_about_frames_names_files(photos: Dataset, count: int, told: str) -> None:
+    assert precompute.first_frames(photos, photos.image_ids[:count]) == told
 
 
 # -- photos in company, without Ray ----------------------------------------------------------------------------------
@@ -305,19 +459,21 @@ def by_mean(batch_size: int, calls: list[list[int]], unlucky: int = -1, error: E
 
 
 def plain_photo(grey: int, height: int = 16, width: int = 24) -> precompute.Decoded:
-    return precompute.Decoded((f"photo_{grey}", b"/photos"), np.full((height, width, 3), grey, np.uint8))
+    photo = precompute.Photo(f"photo_{grey}", b"/photos")
+    return precompute.Decoded(photo, np.full((height, width, 3), grey, np.uint8))
 
 
 def outcome(decoded: precompute.Decoded, features: np.ndarray | precompute.Refused) -> Any:
     """(image id, feature, grid), or the refusal."""
     if isinstance(features, precompute.Refused):
         return features
-    return decoded.photo[0], int(features[0, 0, 0]), features.shape[:2]
+    return decoded.photo.image_id, int(features[0, 0, 0]), features.shape[:2]
 
 
 def test_photos_of_one_network_size_share_batches_and_keep_their_order() -> None:
     calls: list[list[int]] = []
-    broken = precompute.Decoded(("broken", b"/photos"), refusal("TRUNCATED")._replace(image_id="broken"))
+    photo = precompute.Photo("broken", b"/photos")
+    broken = precompute.Decoded(photo, refusal("TRUNCATED")._replace(image_id="broken"))
     photos = [plain_photo(k, *((16, 24), (15, 17), (24, 24))[k % 3]) for k in range(8)]  # two become 16x24
     found = list(precompute.describe_all([*photos[:3], broken, *photos[3:]], by_mean(2, calls), outcome))
     expected = [(f"photo_{k}", k, (3, 3) if k % 3 == 2 else (2, 3)) for k in range(8)]
@@ -399,8 +555,8 @@ def test_the_digest_does_not_depend_on_resources(
 def test_step_by_step_gives_the_same_trees(photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path) -> None:
     """The way that is taken with GPUs, on the CPU, with a broken photo among them."""
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
-    chunks = precompute.chunk_dataset(precompute._slices([*listed, ("bad", os.fsencode(tmp_path / "bad.jpg"))], 6))
+    bad = precompute.Photo("bad", os.fsencode(tmp_path / "bad.jpg"))
+    chunks = precompute.chunk_dataset(precompute._slices([*listed(photos), bad], 6))
     pool = ray.data.ActorPoolStrategy(size=1)
     steps = precompute.in_steps(chunks, FEATURES, DataConfig(), Storage(str(tmp_path)), 6, pool, "cpu", None)
     tally = precompute.Tally(Progress("trees", 25, "images"))
@@ -409,6 +565,122 @@ def test_step_by_step_gives_the_same_trees(photos: Dataset, undisturbed: tuple[P
     assert combine_digests([part.digest for part in tally.parts]) == undisturbed[1].digest
     assert rows_in(tmp_path) == rows_in(undisturbed[0])
     assert [(each.image_id, each.stage, each.reason) for each in tally.refused] == [("bad", "decode", "NOT_AN_IMAGE")]
+
+
+def counted_in(notes: Path) -> tuple[type[Any], type[Any], Trees]:
+    """Workers of both ways, and a product, that leave a line in `notes` for all that they compute."""
+
+    def note(what: str) -> None:
+        with open(notes, "a") as file:
+            file.write(f"{what}\n")
+
+    def counting(extractor: Extractor) -> Extractor:
+        describe = extractor.describe
+        return dataclasses.replace(extractor, describe=lambda batch: (note("describe"), describe(batch))[1])
+
+    class Whole(precompute.ChunkWorker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.extractor = counting(self.extractor)
+
+    class Features(precompute.FeatureWorker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.extractor = counting(self.extractor)
+
+    class Counted(Trees):
+        def make(self, *arguments: Any) -> dict[str, Any]:
+            note("merge")
+            return super().make(*arguments)
+
+    return Whole, Features, Counted()
+
+
+def moving_picture(path: Path) -> None:
+    frames = [Image.fromarray(np.full((48, 64, 3), level, np.uint8)) for level in (40, 200)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.ray
+def test_copies_are_computed_once(
+    photos: Dataset,
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A hundred of one photo, forty of a broken one: six computations, rows and digest as if each were alone.
+
+    Then again, with parts of the first attempt: what is whole is kept, and the rest is computed once more.
+    """
+    good = with_copies(photos, tmp_path / "photos", 99)
+    moving_picture(tmp_path / "photos" / "moving.gif")
+    for k in range(40):
+        (tmp_path / "photos" / f"broken_{k:02d}.jpg").write_bytes(photos.image_path("photo_004").read_bytes()[:500])
+    dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
+    worker, _, product = counted_in(tmp_path / "notes")
+    monkeypatch.setattr(precompute, "ChunkWorker", worker)
+    out, resources = Storage(str(tmp_path / "out")), Resources(chunk_images=2, extractors=2)
+
+    def computed() -> tuple[Output, list[str]]:
+        (tmp_path / "notes").write_text("")
+        output = precompute.precompute(dataset, FEATURES, DataConfig(), resources, out, product)
+        return output, sorted((tmp_path / "notes").read_text().split())
+
+    output, notes = computed()
+    assert notes == ["describe"] * 6 + ["merge"] * 6
+    rows = [*expected_rows(good), row_of(dataset, "moving")]
+    assert len(rows) == 105
+    assert output.digest == combine_digests([TREES_PRODUCT.digest(row) for row in rows])
+    assert sorted(rows_in(tmp_path / "out")) == sorted(row["image_id"] for row in rows)
+    refused = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert [row["image_id"] for row in refused] == [f"broken_{k:02d}" for k in range(40)]
+    assert [row["path"] for row in refused] == [str(dataset.image_path(row["image_id"])) for row in refused]
+    assert {(row["stage"], row["reason"]) for row in refused} == {("decode", "TRUNCATED")}
+    assert (output.summary["images"], output.summary["quarantined"], output.summary["first_frames"]) == (105, 40, 1)
+    told = capsys.readouterr().err
+    assert "trees: 138 of 145 photos are copies of others, which are computed once\n" in told
+    assert "trees: 1 photo has several frames or pages, of which the first one counts (moving.gif)\n" in told
+
+    largest = max(output.parts, key=lambda part: part.rows)
+    kept = files_of(tmp_path / "out")
+    out.remove(largest.name)
+    precompute.write_part([row for row in rows if row["image_id"] in ("a_000", "z_001")], out)
+    again, notes = computed()
+    assert notes == ["describe", "merge"], "of the part that is gone, and of nothing else"
+    assert again.digest == output.digest
+    del kept[largest.name]
+    assert kept.items() <= files_of(tmp_path / "out").items()
+    assert again.summary["first_frames"] == 1
+
+
+@pytest.mark.ray
+def test_step_by_step_copies_are_computed_once(
+    photos: Dataset, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that is taken with GPUs, on the CPU."""
+    good = with_copies(photos, tmp_path / "photos", 30)
+    moving_picture(tmp_path / "photos" / "moving.gif")
+    for k in range(3):
+        (tmp_path / "photos" / f"broken_{k}.jpg").write_bytes(b"no image")
+    dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
+    _, worker, product = counted_in(tmp_path / "notes")
+    monkeypatch.setattr(precompute, "FeatureWorker", worker)
+    together = list(precompute.bring_together(dataset.samples, dataset))
+    chunks, pool = precompute.chunk_dataset(precompute._slices(together, 3)), ray.data.ActorPoolStrategy(size=1)
+    out = Storage(str(tmp_path / "out"))
+    steps = precompute.in_steps(chunks, FEATURES, DataConfig(), out, 3, pool, "cpu", None, product)
+    tally = precompute.Tally(Progress("trees", 39, "images"))
+    for record in precompute.read_records(steps):
+        tally.add(record)
+    assert sorted((tmp_path / "notes").read_text().split()) == ["describe"] * 6 + ["merge"] * 6
+    rows = [*expected_rows(good), row_of(dataset, "moving")]
+    digest = combine_digests([TREES_PRODUCT.digest(row) for row in rows])
+    assert combine_digests([part.digest for part in tally.parts]) == digest
+    assert sorted(rows_in(tmp_path / "out")) == sorted(row["image_id"] for row in rows)
+    assert [Path(each.path).stem for each in sorted(tally.refused)] == ["broken_0", "broken_1", "broken_2"]
+    assert len(tally.barren) <= 1, "one photo that fails, not three"
+    assert tally.has_more == ["moving"]
 
 
 def spoil(folder: Path) -> dict[str, tuple[str, str]]:
@@ -493,16 +765,22 @@ def test_a_computation_that_always_fails_stops_the_run(
 def test_a_photo_that_kills_its_worker_is_set_aside(
     photos: Dataset, undisturbed: tuple[Path, Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With twenty copies of it: more than may be lost of other photos."""
+
     class Crashing(precompute.ChunkWorker):
         def decoded(self, photo: precompute.Photo) -> precompute.Decoded:
-            if photo[0] == "photo_007":
+            if photo.image_id == "photo_007":
                 os.kill(os.getpid(), signal.SIGKILL)  # as a decoder's segmentation fault does
             return super().decoded(photo)
 
     monkeypatch.setattr(precompute, "ChunkWorker", Crashing)
     monkeypatch.setattr(precompute, "RETRIES", 0)
-    output = run(photos, tmp_path, chunk_images=4, extractors=1)
-    assert quarantine_in(tmp_path) == {"photo_007": ("worker", "INTERNAL")}
+    shutil.copytree(photos.root, tmp_path / "photos")
+    for k in range(20):
+        shutil.copyfile(photos.image_path("photo_007"), tmp_path / "photos" / f"photo_copy_{k}.jpg")
+    output = run(open_dataset(f"folder:{tmp_path / 'photos'}"), tmp_path, chunk_images=4, extractors=1)
+    lost = ["photo_007", *(f"photo_copy_{k}" for k in range(20))]
+    assert quarantine_in(tmp_path) == dict.fromkeys(lost, ("worker", "INTERNAL"))
     expected = rows_in(undisturbed[0])
     del expected["photo_007"]
     assert rows_in(tmp_path) == expected
@@ -512,10 +790,9 @@ def test_a_photo_that_kills_its_worker_is_set_aside(
 @pytest.mark.ray
 def test_a_storage_that_cannot_be_written_stops_the_run(photos: Dataset, ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "full").write_text("a file where the directory should be")
-    listed = [(image_id, os.fsencode(photos.image_path(image_id))) for image_id in photos.image_ids]
     storage, progress = Storage(str(tmp_path / "full")), Progress("trees", 24, "images")
     with pytest.raises(StorageError, match=r"cannot write trees-.*\.parquet in .*full"):
-        precompute.compute_all(listed, FEATURES, DataConfig(), Resources(), storage, progress)
+        precompute.compute_all(listed(photos), FEATURES, DataConfig(), Resources(), storage, progress)
 
 
 @pytest.mark.ray
@@ -608,7 +885,8 @@ def test_batches_change_nothing_however_they_are_formed(
     expected, extractor = {}, build_extractor(batched)
     for image_id in dataset.image_ids:
         image = read_image(dataset.image_path(image_id))
-        tree = merge(precompute.describe([precompute.Decoded(("", b""), image)], extractor)[0])  # of copies
+        alone = precompute.Decoded(precompute.Photo("", b""), image)
+        tree = merge(precompute.describe([alone], extractor)[0])
         expected[image_id] = (tree.children.ravel().tolist(), tree.costs.tolist())
     dataset = open_dataset(f"folder:{tmp_path / 'photos'}")
     out = Storage(str(tmp_path / "out"))
@@ -635,8 +913,7 @@ def test_batches_change_nothing_however_they_are_formed(
             yield from super().__call__(travelling)
 
     monkeypatch.setattr(precompute, "FeatureWorker", Counting)
-    listed = [(sample.image_id, os.fsencode(dataset.root / sample.image)) for sample in dataset.samples]
-    chunks, pool = precompute.chunk_dataset([listed]), ray.data.ActorPoolStrategy(size=1)
+    chunks, pool = precompute.chunk_dataset([listed(dataset)]), ray.data.ActorPoolStrategy(size=1)
     steps = precompute.in_steps(chunks, batched, DataConfig(), Storage(str(tmp_path / "s")), 5, pool, "cpu", None)
     tally = precompute.Tally(Progress("trees", 11, "images"))
     for record in precompute.read_records(steps):
@@ -659,14 +936,14 @@ def test_chunks_bring_photos_of_one_size_together(
             Image.fromarray(rng.integers(0, 256, (*sizes[k], 3), dtype=np.uint8)).save(path)
         else:
             path.write_bytes(b"no image")
-        photos.append((path.stem, os.fsencode(path)))
+        photos.append(precompute.Photo(path.stem, os.fsencode(path)))
     monkeypatch.setattr(precompute, "HEADERS_PER_TASK", 5)
     batched = FeaturesConfig(extractor="dino_vits8", batch_size=4)
 
     def cut(features: FeaturesConfig, **resources: Any) -> list[list[str]]:
         chunks = precompute.cut_into_chunks(photos, features, DataConfig(), Resources(**resources))
         assert sorted(photo for chunk in chunks for photo in chunk) == sorted(photos)
-        return [[image_id for image_id, _ in chunk] for chunk in chunks]
+        return [[photo.image_id for photo in chunk] for chunk in chunks]
 
     grids = {f"{k:02d}": (-(-height // 8), -(-width // 8)) for k, (height, width) in enumerate(sizes)}
     *whole, left = cut(batched, chunk_images=10)
@@ -674,14 +951,14 @@ def test_chunks_bring_photos_of_one_size_together(
     for chunk in whole:
         assert len({grids[image_id] for image_id in chunk}) == 1
     assert len(left) == 5
-    listed = [image_id for image_id, _ in photos]
+    ids = [photo.image_id for photo in photos]
     for features, resources in (
         (FeaturesConfig(extractor="dino_vits8"), {}),
         (FeaturesConfig(extractor="color_texture", batch_size=4), {}),
         (batched, {"untrusted": True}),
     ):
-        assert cut(features, chunk_images=10, **resources) == [listed[:10], listed[10:]]
-    assert cut(batched, chunk_images=1) == [[image_id] for image_id in listed]
+        assert cut(features, chunk_images=10, **resources) == [ids[:10], ids[10:]]
+    assert cut(batched, chunk_images=1) == [[image_id] for image_id in ids]
 
 
 @pytest.mark.ray
