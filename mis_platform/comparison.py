@@ -487,9 +487,9 @@ def _tables(comparison: Comparison) -> list[Table]:
 
 
 def _head(comparison: Comparison) -> list[str]:
-    verdict = ["ours - paper", "verdict"] if comparison.profile == PAPER_PROFILE else []
+    verdict = ["verdict"] if comparison.profile == PAPER_PROFILE else []
     change = ["change", "95 % of the change", "against", "paper's change", "direction"]
-    return ["row", "ours", "95 %", "seeds", "paper", *verdict, *change]
+    return ["row", "ours", "95 %", "seeds", "paper", "ours - paper", *verdict, *change]
 
 
 def _texts(comparison: Comparison, cell: Cell) -> list[str]:
@@ -500,8 +500,9 @@ def _texts(comparison: Comparison, cell: Cell) -> list[str]:
     paper = _number(cell.paper, digits) + (" (quoted)" if cell.state == "quoted" and cell.paper is not None else "")
     change = cell.change
     texts = [cell.row, ours, _interval(cell.low, cell.high, digits), str(cell.seeds or ""), paper]
+    texts.append(_number(cell.difference, digits, "+"))
     if comparison.profile == PAPER_PROFILE:
-        texts += [_number(cell.difference, digits, "+"), cell.verdict]
+        texts.append(cell.verdict)
     if change is None:
         return [*texts, "", "", "", "", ""]
     against = change.against if change.against != comparison.default else ""  # the default is named above the tables

@@ -189,6 +189,7 @@ def test_a_benchmark_that_was_cut_gets_no_verdict_and_says_why(dataset: str, pub
 def test_other_sizes_are_called_not_comparable_once() -> None:
     text = render(compare(EXPERIMENT, "smoke", [done(ALPHA, 3, 3)], {}), "text")
     assert text.count("not comparable") == 1
+    assert "ours - paper" in text
     assert "verdict" not in text
     text = render(compare(EXPERIMENT, "paper", [done(ALPHA, *[3] * 50)], {}), "text")
     assert "not comparable" not in text
