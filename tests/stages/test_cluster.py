@@ -231,19 +231,18 @@ def test_the_port_of_a_head_that_was_started_on_purpose_is_left_to_it(ray_cluste
     remove_placement_group(group)
 
 
-class Reserves:
-    """As the controller of Ray Train: what it reserves outlives it as long as its job runs."""
-
-    def __init__(self, cpus: float) -> None:
-        self.group = placement_group([{"CPU": cpus}])
-
-    def ready(self) -> str:
-        ray.get(self.group.ready())
-        return self.group.id.hex()
-
-
 @pytest.mark.ray
 def test_what_a_dead_actor_reserved_is_given_back_and_nothing_else(ray_cluster: None) -> None:
+    class Reserves:  # here, so that it travels to its worker as it is
+        """As the controller of Ray Train: what it reserves outlives it as long as its job runs."""
+
+        def __init__(self, cpus: float) -> None:
+            self.group = placement_group([{"CPU": cpus}])
+
+        def ready(self) -> str:
+            ray.get(self.group.ready())
+            return self.group.id.hex()
+
     actor = ray.remote(num_cpus=0)(Reserves)
     dead, living, own = actor.remote(0.01), actor.remote(0.01), placement_group([{"CPU": 0.01}])
     ray.get(own.ready())
