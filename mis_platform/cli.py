@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+# Before Ray is imported, which reads it: else a thread that is still at work when Ray was shut down starts another one.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 if TYPE_CHECKING:
     from mis_platform.config import Resources, Run
     from mis_platform.data.benchmarks import Dataset

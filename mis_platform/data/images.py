@@ -183,8 +183,9 @@ def read_picture(
     if elsewhere is not None and scans > _ORDINARY_SCANS:
         return elsewhere.read_picture(content, max_megapixels=max_megapixels, min_side=min_side)
     with _header(io.BytesIO(content), max_megapixels, min_side) as image:
-        has_more = image.format != "MPO" and getattr(image, "is_animated", False)
-        return Picture(_to_rgb(_upright(_loaded(image, len(content)))), has_more)
+        pixels = _to_rgb(_upright(_loaded(image, len(content))))
+    with _header(io.BytesIO(content), max_megapixels, min_side) as image:  # anew: the question may move to other frames
+        return Picture(pixels, _has_more(image))
 
 
 def probe_size(
@@ -466,6 +467,16 @@ def _loaded(image: Image.Image, size: int) -> Image.Image:
         is_short = "truncated" in str(error).lower() or isinstance(error, EOFError)
         raise ImageRefused(Reason.TRUNCATED if is_short else Reason.CORRUPT, str(error) or repr(error)) from None
     return image
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether there are more frames or pages, be they damaged."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except MemoryError:
+        raise
+    except Exception:  # a GIF is asked for its second frame, whose data may be cut off or say anything
+        return True
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from mis_platform.config import PIN
 PROBE_SECONDS = 5.0
 MAX_BYTES = 4 * 2**30  # ViT-H is 2.5 GB
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Files that come through Xet come from an address that nobody looked at, without a bound while they come.
+huggingface_hub.constants.HF_HUB_DISABLE_XET = True
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,7 +49,7 @@ def fetch(repository: str, name: str, sha256: str | None = None) -> Path:
 def cached(repository: str, name: str, sha256: str | None = None) -> Path | None:
     """Where the file lies in the hub's cache, if it does; sha256: as of `fetch`."""
     if sha256 is not None:
-        return next((_whole(path) for path in _revisions(repository, name) if path.resolve().name == sha256), None)
+        return next((_whole(path) for path in _revisions(repository, name) if _digest(path) == sha256), None)
     try:
         return _whole(Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True)))
     except FileNotFoundError:
@@ -109,13 +112,29 @@ def _explained(repository: str) -> Iterator[None]:
 
 
 def _whole(path: Path) -> Path:
-    """`path`, if its content is what its name in the cache says: there, large files are named by their SHA-256."""
-    name = path.resolve().name
+    """`path`, if its content is what its name in the cache says: there, large files are named by their SHA-256.
+
+    The name is that of the first link: where caches share files (Xet) it is one to another name.
+    """
+    name = _link(path)
     return _checked(path, name) if _SHA256.fullmatch(name) else path
 
 
-def _checked(path: Path, wanted: str) -> Path:
+def _link(path: Path) -> str:
+    return Path(os.readlink(path)).name if path.is_symlink() else ""
+
+
+def _digest(path: Path) -> str:
+    """What the cache says that the file's SHA-256 is; where it says nothing, as in copies without links, what it is."""
+    return name if _SHA256.fullmatch(name := _link(path)) else _sha256(path)
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != wanted:
-            raise ConnectionError(f"{path.resolve()} is damaged: remove it, and it is fetched again")
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checked(path: Path, wanted: str) -> Path:
+    if _sha256(path) != wanted:
+        raise ConnectionError(f"{path.resolve()} is damaged: remove it, and it is fetched again")
     return path

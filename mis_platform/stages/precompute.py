@@ -23,6 +23,7 @@ Notable choices:
 
 import functools
 import gc
+import heapq
 import json
 import logging
 import os
@@ -269,8 +270,9 @@ def bring_together(samples: Sequence[Sample], dataset: Dataset) -> Iterator[Phot
 
 def first_frames(dataset: Dataset, image_ids: Sequence[str]) -> str:
     """A line about photos of which more is there than what is used."""
-    files = {sample.image_id: sample.image for sample in dataset.samples if sample.image_id in set(image_ids)}
-    named = ", ".join(printable(files[image_id]) for image_id in sorted(image_ids)[:3])
+    some = heapq.nsmallest(3, image_ids)
+    files = {sample.image_id: sample.image for sample in dataset.samples if sample.image_id in some}
+    named = ", ".join(printable(files[image_id]) for image_id in some)
     one = "photo has" if len(image_ids) == 1 else "photos have"
     rest = ", ..." if len(image_ids) > 3 else ""
     return f"{len(image_ids)} {one} several frames or pages, of which the first one counts ({named}{rest})"

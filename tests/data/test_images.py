@@ -1,5 +1,6 @@
 """Every kind of bad or unusual file that reached annotation tools, made here byte by byte."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -100,6 +101,23 @@ def test_missing_last_bytes_are_noticed(image_format: str, options: dict, missin
 def test_no_prefix_of_a_file_is_read(share: float, codec: tuple[str, dict]) -> None:
     whole = encoded(photo(), codec[0], **codec[1])
     refusal(whole[: int(share * len(whole))])
+
+
+@pytest.mark.parametrize("codec", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_damaged_animations_are_read_or_refused(codec: str) -> None:
+    """Whatever is wrong with the frames that do not count."""
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)) for _ in range(3)]
+    whole = encoded(frames[0], codec, save_all=True, append_images=frames[1:])
+    assert read_picture(whole).has_more
+    first, readable = read_image(whole), 0
+    changed = [bytearray(whole) for _ in range(200)]
+    for each, place, value in zip(changed, rng.integers(len(whole), size=200), rng.integers(256, size=200)):
+        each[place] = value
+    for content in [*(whole[:end] for end in range(0, len(whole), 7)), *map(bytes, changed)]:
+        with contextlib.suppress(ImageRefused):
+            readable += np.array_equal(read_picture(content).pixels, first)
+    assert readable > 20 or codec == "PNG", "which has checksums"
 
 
 def test_a_jpeg_thumbnail_does_not_stand_in_for_the_missing_end() -> None:

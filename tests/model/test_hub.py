@@ -35,6 +35,29 @@ def test_a_whole_file_is_found(blob: Path) -> None:
     assert hub.fetch(REPOSITORY, "model.safetensors").read_bytes() == blob.read_bytes()
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_file_that_caches_share_is_found(blob: Path, tmp_path: Path, pinned: bool) -> None:
+    """The client has a link from the SHA-256 to a store of all repositories, whose names are other hashes."""
+    shared = tmp_path / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    digest = blob.name
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert hub.fetch(REPOSITORY, "model.safetensors", digest if pinned else None).read_bytes() == shared.read_bytes()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_cache_without_links_is_read(blob: Path, pinned: bool) -> None:
+    link = blob.parents[1] / "snapshots" / ("0" * 40) / "model.safetensors"
+    link.unlink()
+    blob.rename(link)
+    assert hub.fetch(REPOSITORY, "model.safetensors", blob.name if pinned else None) == link
+
+
+def test_downloads_do_not_take_the_way_that_nobody_watches() -> None:
+    assert huggingface_hub.constants.HF_HUB_DISABLE_XET
+
+
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: b"W" + data[1:], lambda data: data + b"x"])
 def test_other_bytes_are_refused(blob: Path, change) -> None:
     blob.write_bytes(change(blob.read_bytes()))
