@@ -327,6 +327,7 @@ def run_sweep(sweep: Sweep) -> Comparison:
             # Rows of one trial fail together; one that had finished before is not lost.
             done = {_key(task) for task in missing if task.is_done(root, resources)}
             failed = {key: failure for key, failure in failed.items() if key not in done}
+        failed |= (foreign := _foreign(sweep))
         failures = {key: failure.reason for key, failure in failed.items()}
         _write_failures(sweep, failures)
         for task, failure in _recorded(sweep, failures):
@@ -343,8 +344,20 @@ def run_sweep(sweep: Sweep) -> Comparison:
         _record_report(sweep, comparison, found, parent)
         if parent is not None:
             _register_best(sweep, comparison, parent)
-        _raise_if_lost([failed.get(_key(task)) for task in missing])
+        _raise_if_lost([*(failed.get(_key(task)) for task in missing), *foreign.values()])
     return comparison
+
+
+def _foreign(sweep: Sweep) -> dict[str, "Failure"]:
+    """ "row/seed" -> that what is finished under its address has other settings: put there by hand, perhaps."""
+    found: dict[str, Failure] = {}
+    for task in sweep.tasks:
+        for stage in _made(sweep, task) if task.is_done(sweep.root, sweep.resources) else ():
+            try:
+                check_identity(stage, read_manifest(stage.directory(sweep.root)))
+            except FingerprintMismatch as error:
+                found[_key(task)] = Failure(str(error), error)
+    return found
 
 
 @dataclass(frozen=True)
@@ -825,8 +838,8 @@ def _register_best(sweep: Sweep, comparison: Comparison, parent: tracking.Tracke
 
     Of one that is whole: among rows of which some are left out, failed, or cannot start yet, nobody knows the best.
     """
-    is_done = all(task.is_done(sweep.root, sweep.resources) for task in sweep.tasks)
-    if sweep.experiment.rows != sweep.whole.rows or sweep.refused or not is_done:
+    ours = [line for line in comparison.lines if line.state != "quoted"]
+    if sweep.experiment.rows != sweep.whole.rows or any(line.state != "done" or line.reason for line in ours):
         return
     done = {task.row.name: task for task in reversed(sweep.tasks)}  # of several seeds the first
     best = best_row(

@@ -1087,9 +1087,23 @@ def _line(event: Event) -> str:
 
 
 def _read_events(file: Path) -> list[Event]:
-    """Whole lines only: the last one may have been cut off by a kill."""
-    lines = file.read_text(encoding="utf8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    """Whole lines only: the last one may have been cut off by a kill. Others that cannot be read are told and left out,
+    and all of them where the first does not say which run it is.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    events: list[Event] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or (number == 1 and not isinstance(event.get("open"), dict)):
+                raise ValueError("this is no event")
+        except ValueError as error:
+            logger.warning("MLflow does not get line %d of %s, which is damaged: %s", number, file, error)
+            if number == 1:
+                return []
+        else:
+            events.append(event)
+    return events
 
 
 def _search(client: MlflowClient, experiments: list[str], query: str) -> list[Run]:

@@ -244,7 +244,7 @@ class Bell:
         return not self._working
 
     def silent(self, seconds: float, over: Collection[int]) -> dict[int, Any]:
-        """The trials that have not asked for so long, with their processes; they count as ended from now on.
+        """The trials that have not asked for so long, with their processes, at every look until they are over.
 
         Two looks in a row must find them silent: after one that comes late, as when everything was stopped for a
         while, they get the time to ask. over: groups of trials that are known to have ended, however that was.
@@ -254,7 +254,7 @@ class Bell:
         now = time.monotonic()
         found = {group for group in self._working if now - self._heard[group] >= seconds}
         doomed, self._suspected = found & self._suspected, found
-        return {group: self._working.pop(group) for group in sorted(doomed)}
+        return {group: self._working[group] for group in sorted(doomed)}  # again, if this answer does not arrive
 
 
 def run_trial(

@@ -30,7 +30,7 @@ from ray.util.state import list_actors
 
 from mis_platform import artifacts, cli, sweep, tracking, trial
 from mis_platform.artifacts import Output, Stage, ensure, git_commit, walk, write_manifest
-from mis_platform.comparison import Cell, Comparison
+from mis_platform.comparison import Cell, Comparison, Line, State
 from mis_platform.config import NETWORK_EXTRACTORS, Resources, Run, fingerprint, flatten, override, plain
 from mis_platform.data import synthetic
 from mis_platform.errors import FingerprintMismatch
@@ -170,17 +170,19 @@ def test_a_part_of_an_experiment_registers_no_model(
     cells = (scored("good", "noc90", 3.0), scored("twin", "noc90", 2.0))
     found = Comparison("", "", "smoke", "", 0.3, (), cells, (), {})
 
-    def register(prepared: sweep.Sweep, missing: str = "") -> list[str]:
+    def register(prepared: sweep.Sweep, state: State = "done", reason: str = "") -> list[str]:
         registered.clear()
-        monkeypatch.setattr(trial.Task, "is_done", lambda task, *_: task.row.name != missing)
-        sweep._register_best(prepared, found, None)  # type: ignore[arg-type]
+        lines = [Line("good", "done", ""), Line("diverges", state, reason), Line("elsewhere", "quoted", "paper")]
+        sweep._register_best(prepared, dataclasses.replace(found, lines=tuple(lines)), None)  # type: ignore[arg-type]
         return registered
 
     whole = prepare(tmp_path)
     assert register(whole) == ["twin"]
     assert register(prepare(tmp_path, only=["good"])) == []
-    assert register(whole, missing="diverges") == [], "it failed, or was not run yet"
-    assert register(dataclasses.replace(whole, refused={("other", 0): "no weights"})) == []
+    assert register(whole, "failed", "made with other settings") == [], "though its artifacts are finished"
+    assert register(whole, "missing") == []
+    assert register(whole, "refused", "no weights") == []
+    assert register(whole, "done", "seed 2: not run yet") == []
 
 
 def test_a_setting_that_rows_vary_cannot_be_set_for_one_of_them(experiments: Path, tmp_path: Path) -> None:
@@ -828,9 +830,11 @@ def test_a_store_that_has_nothing_gets_all_of_a_finished_sweep(
 
     (manifest,) = tmp_path.glob("clicks/*/*/manifest.json")
     manifest.write_text(manifest.read_text().replace('"geodesic"', '"graphcut"'))
-    (line,) = run().lines
-    assert line.state == "failed"
-    assert line.reason.startswith(f"clicks/synthetic/{manifest.parent.name} was made with other settings: ")
+    made_otherwise = f"clicks/synthetic/{manifest.parent.name} was made with other settings: "
+    with pytest.raises(FingerprintMismatch, match=made_otherwise):  # of every row
+        run()
+    (reason,) = json.loads(next(tmp_path.glob("sweeps/*/*/failures.json")).read_text()).values()
+    assert reason.startswith(made_otherwise)
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -1,6 +1,7 @@
 """Runs in a real MLflow store: one run a fingerprint, every point once, and a store that is away costs nothing."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -422,6 +423,30 @@ def test_what_does_not_say_for_which_store_it_is_is_kept(root: Storage, tmp_path
     assert the_run(root).data.tags["mis.fingerprint"] == "another", "it is alone"
     assert left.is_dir()
     assert tracking.waiting(root) == {"unknown": 1}
+
+
+@pytest.mark.parametrize("prefix", ["own-", "0123456789abcdef-"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_damaged_lines_of_a_dead_run_stop_nobody(
+    root: Storage, tmp_path: Path, prefix: str, is_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / "mlflow-spool" / f"{prefix}1764000000000000000-0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / ".lock").touch()
+    known = {"fingerprint": "dead", "tags": {"mis.fingerprint": "dead"}, "parent": None, "computes": True, "opened": 1}
+    opening = json.dumps({"open": ABOUT | known})
+    lines = ["\xff\x00{", "[1]"] if is_first else [opening, "\xff\x00{", json.dumps({"tags": {"seen": "yes"}})]
+    (left / "events.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode("latin1"))
+    with caplog.at_level(logging.WARNING), tracking.open_run(root, **{**ABOUT, "fingerprint": "another"}):
+        pass
+    line = 1 if is_first else 2
+    assert f"line {line} of {left}/events.jsonl, which is damaged" in caplog.text
+    client = tracking.connect(root)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    tags = [run.data.tags for run in runs]
+    assert any(each["mis.fingerprint"] == "another" for each in tags)
+    if prefix == "own-" and not is_first:
+        assert any(each["mis.fingerprint"] == "dead" and each["seen"] == "yes" for each in tags), "the rest is sent"
 
 
 def test_the_store_of_a_folder_is_its_address_without_a_login(root: Storage, tmp_path: Path) -> None:
