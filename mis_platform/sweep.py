@@ -743,7 +743,7 @@ def _set_recorded(sweep: Sweep, what: str, parent: tracking.Tracker | None) -> N
 
 
 def _mark(sweep: Sweep, what: str) -> str:
-    return f"recorded/{fingerprint({'store': tracking.tracking_uri(sweep.root), 'what': what})}"
+    return f"recorded/{fingerprint({'store': tracking.store_of(sweep.root), 'what': what})}"
 
 
 def _recorded(sweep: Sweep, failures: Mapping[str, str]) -> Iterator[tuple[Task, str | None]]:

@@ -185,6 +185,11 @@ def waiting(root: Storage) -> dict[str, int]:
     return stores
 
 
+def store_of(root: Storage) -> str:
+    """What tells the stores that a root had apart: without secrets, and the same wherever the root is moved."""
+    return _prefix(root, tracking_uri(root)).rstrip("-")
+
+
 def _shelf(root: Storage) -> Path:
     """The folder with a folder for each run that is open, or waits."""
     return (root.local or Path.home() / ".cache" / "mis_platform") / "mlflow-spool"

@@ -460,6 +460,17 @@ def test_the_store_of_a_folder_is_its_address_without_a_login(root: Storage, tmp
     assert prefix(f"sqlite:///{os.path.relpath(tmp_path)}/mlflow.db") == "own-", "wherever one stands"
 
 
+def test_a_store_is_known_again_by_no_secret(root: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(uri: str) -> str:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        return tracking.store_of(root)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    own = tracking.store_of(root)
+    assert known("http://a:b@host:5000") == known("http://c:d@host:5000") != known("http://host:5001")
+    assert own == "own"
+
+
 def test_a_root_that_was_moved_keeps_its_own_store(root: Storage, tmp_path: Path) -> None:
     with tracking.open_run(root, **ABOUT) as tracker:
         (spool,) = tmp_path.glob("mlflow-spool/*")
