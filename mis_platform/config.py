@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticKnownError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 TRAINED = "model"  # the trained click model
 CLASSICAL_READS = {  # of Table 1, they need no training; settings of `classical` that change the answers of each
@@ -46,7 +46,9 @@ PIN = "sha256:"  # in front of the digest of weights, where a path would name a 
 
 def _path_or_pin(source: str) -> str:
     if source.startswith(PIN) and not re.fullmatch(r"[0-9a-f]{64}", source.removeprefix(PIN)):
-        raise ValueError(f"after {PIN} come the 64 hexadecimal digits, in small letters, of the hub's file")
+        raise PydanticCustomError(
+            "pin", "after sha256: come the 64 hexadecimal digits, in small letters, of the hub's file"
+        )
     return source
 
 

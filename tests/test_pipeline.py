@@ -253,6 +253,6 @@ def test_workers_take_no_other_weights_than_the_address_says(
 @pytest.mark.parametrize("wrong", ["sha256:", "sha256:abc", f"sha256:{'G' * 64}", f"sha256:{'A' * 64}"])
 def test_a_pin_has_all_its_digits(wrong: str) -> None:
     for name in ("features.weights", "model.init_weights"):
-        with pytest.raises(ValueError, match="64 hexadecimal digits") as told:
+        with pytest.raises(ValueError, match=f"{name}=.* 64 hexadecimal digits") as told:
             override(Run(), [f"{name}={wrong}"])
         assert "\n" not in str(told.value)
