@@ -152,11 +152,11 @@ def score_proposals(benchmarks: Sequence[Dataset], runs: Sequence[Run], resource
         stage = pipeline.overlap_stage(benchmark, run, resources)
         about = (root, f"{EXPERIMENT}-proposals", name, stage.fingerprint, run, resources)
         with record(*about, computes=not stage.is_done(root)) as tracker:
-            about = read_manifest(finish(stage, root))["summary"]
-            numbers = {key: value for key, value in about.items() if isinstance(value, int | float)}
+            summary = read_manifest(finish(stage, root))["summary"]
+            numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
             tracker.log_metrics({f"{benchmark.name}/{key}": value for key, value in numbers.items()})
             log_benchmarks(tracker, [benchmark])
-        overlaps.append((run.target.source, benchmark.name, about))
+        overlaps.append((run.target.source, benchmark.name, summary))
     return report.overlap_table(overlaps)
 
 

@@ -418,6 +418,12 @@ def test_settings_without_effect_are_named(half_labelled, capsys, tmp_path):
     assert notes("--model", str(tmp_path / "trained")) == []
 
 
+def test_no_command_starts_a_ray_that_nobody_asked_for():
+    """As a thread would that is still at work when Ray was shut down."""
+    code = "import mis_platform.cli, ray._private.auto_init_hook as hook; assert not hook.enable_auto_connect"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_every_unsupervised_source_can_be_scored():
     allowed = get_args(TargetConfig.model_fields["source"].annotation)
     assert {*allowed} == {*cli.Source, "labels"}
